@@ -15,13 +15,13 @@ struct TensorView {
 
 // Arguments of guidance_loss, the same for the CPU and for CUDA. All predictions are (batch, elements).
 struct GuidanceLossArgs {
-  TensorView student, anchor, concept_, null;   // (B, M)
-  const float* negative_guidance;               // (B,)
-  const float* weight;                          // (B,)
-  float* loss;                                  // ()
-  float* per_sample;                            // (B,)
-  TensorView gradient;                          // (B, M), the student's dtype
-  std::int64_t batch, elements;                 // B, M
+  TensorView student, anchor, concept_, null;  // (B, M)
+  const float* negative_guidance;              // (B,)
+  const float* weight;                         // (B,)
+  float* loss;                                 // ()
+  float* per_sample;                           // (B,)
+  TensorView gradient;                         // (B, M), the student's dtype
+  std::int64_t batch, elements;                // B, M
   float gradient_scale;
 };
 

@@ -1,7 +1,5 @@
 // One pass over the four predictions writes the gradient and one partial sum a block; a second, single
 // block adds the partial sums up. Both in a fixed order, without atomics: two runs agree in every bit.
-#include "cuda/guidance_loss.h"
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -9,6 +7,8 @@
 #include <algorithm>
 #include <stdexcept>
 #include <type_traits>
+
+#include "cuda/guidance_loss.h"
 
 namespace esd::cuda {
 namespace {
@@ -29,9 +29,12 @@ __device__ inline float to_float(__half x) { return __half2float(x); }
 
 template <typename T>
 __device__ inline T from_float(float x) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) return __float2bfloat16_rn(x);
-  else if constexpr (std::is_same_v<T, __half>) return __float2half_rn(x);
-  else return x;
+  if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    return __float2bfloat16_rn(x);
+  else if constexpr (std::is_same_v<T, __half>)
+    return __float2half_rn(x);
+  else
+    return x;
 }
 
 // The sum over the block, in thread 0. The order of additions is the same every time.
@@ -53,8 +56,8 @@ __global__ void __launch_bounds__(threads)
     guidance_loss_kernel(const S* __restrict__ student, const T* __restrict__ anchor, const T* __restrict__ concept_,
                          const T* __restrict__ null, const float* __restrict__ negative_guidance,
                          const float* __restrict__ weight, S* __restrict__ gradient, float* __restrict__ partial_sums,
-                         long long elements, float scale) {
-  const long long b = blockIdx.y;
+                         long long elements, int blocks, float scale) {
+  const long long b = blockIdx.x / blocks;  // `blocks` of them work on each sample
   const long long begin = b * elements, end = begin + elements;
   const float n = negative_guidance[b];
   const float gradient_factor = scale * weight[b];
@@ -66,8 +69,8 @@ __global__ void __launch_bounds__(threads)
     sum += error * error;
   };
 
-  const long long thread = (long long)blockIdx.x * threads + threadIdx.x;
-  const long long stride = (long long)gridDim.x * threads;
+  const long long thread = (long long)(blockIdx.x % blocks) * threads + threadIdx.x;
+  const long long stride = (long long)blocks * threads;
   if constexpr (width == 1) {
     for (long long i = begin + thread; i < end; i += stride) one(i);
   } else {
@@ -95,7 +98,7 @@ __global__ void __launch_bounds__(threads)
   }
 
   const float total = block_sum(sum);
-  if (threadIdx.x == 0) partial_sums[b * gridDim.x + blockIdx.x] = total;
+  if (threadIdx.x == 0) partial_sums[blockIdx.x] = total;
 }
 
 __global__ void __launch_bounds__(threads)
@@ -125,18 +128,20 @@ int blocks_a_sample(std::int64_t elements) {
 
 template <typename S, typename T>
 void launch(const GuidanceLossArgs& args, float* scratch, cudaStream_t stream) {
-  const dim3 grid(blocks_a_sample(args.elements), static_cast<unsigned>(args.batch));
+  const int blocks = blocks_a_sample(args.elements);
+  const auto grid = static_cast<unsigned>(args.batch * blocks);
   const float scale = 2.0f * args.gradient_scale / (float(args.batch) * float(args.elements));
-  const std::uintptr_t addresses = args.student.address | args.anchor.address | args.concept_.address |
-                                   args.null.address | args.gradient.address;
+  const std::uintptr_t addresses =
+      args.student.address | args.anchor.address | args.concept_.address | args.null.address | args.gradient.address;
   auto* kernel = addresses % 16 == 0 ? guidance_loss_kernel<S, T, vector> : guidance_loss_kernel<S, T, 1>;
   kernel<<<grid, threads, 0, stream>>>(
       reinterpret_cast<const S*>(args.student.address), reinterpret_cast<const T*>(args.anchor.address),
       reinterpret_cast<const T*>(args.concept_.address), reinterpret_cast<const T*>(args.null.address),
-      args.negative_guidance, args.weight, reinterpret_cast<S*>(args.gradient.address), scratch, args.elements, scale);
+      args.negative_guidance, args.weight, reinterpret_cast<S*>(args.gradient.address), scratch, args.elements, blocks,
+      scale);
   check(cudaGetLastError(), "guidance_loss: launch");
   guidance_loss_sums_kernel<<<1, threads, 0, stream>>>(scratch, args.weight, args.per_sample, args.loss, args.batch,
-                                                       static_cast<int>(grid.x), float(args.elements));
+                                                       blocks, float(args.elements));
   check(cudaGetLastError(), "guidance_loss: launch of the sums");
 }
 
@@ -169,7 +174,7 @@ std::int64_t guidance_loss_scratch(std::int64_t batch, std::int64_t elements) {
 }
 
 void guidance_loss(const GuidanceLossArgs& args, float* scratch, int device, std::uintptr_t stream) {
-  if (args.batch > 65535) throw std::invalid_argument("guidance_loss: more than 65535 samples in a batch");
+  if (args.batch > (1 << 22)) throw std::invalid_argument("guidance_loss: more than 4194304 samples in a batch");
   if (args.anchor.dtype != args.concept_.dtype || args.anchor.dtype != args.null.dtype)
     throw std::invalid_argument("guidance_loss: the three teacher predictions must share one dtype");
   check(cudaSetDevice(device), "guidance_loss: cudaSetDevice");

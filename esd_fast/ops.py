@@ -1,0 +1,437 @@
+"""The operators, and the only place that chooses what runs them: Triton, the native module or torch.
+
+Each operator is registered once with torch (``torch.ops.esd_fast.*``: a real, a fake and a gradient
+implementation). The real one asks ``path_of`` for the fastest implementation that works on the tensors'
+device. The first use on a device runs a few numbers through each candidate and compares them with torch;
+one that is missing, fails or disagrees is passed over, and ``path_of`` says why.
+
+``ESD_OPS=torch``, ``native`` or ``triton`` forces one (for tests); it then raises where that one does not work.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["OpPath", "guidance_loss", "path_of", "paths"]
+
+_FORCED = os.environ.get("ESD_OPS", "")
+if _FORCED not in ("", "torch", "native", "triton"):
+    raise ValueError(f"ESD_OPS={_FORCED!r}: use torch, native or triton, or leave it unset")
+
+
+# --- what there is -----------------------------------------------------------------------------------
+
+
+def _kernels(name: str) -> Any:
+    """The module esd_fast.kernels.<name>; in a checkout that is not installed, kernels/<name>.py."""
+    package = "esd_fast.kernels"
+    if package not in sys.modules and importlib.util.find_spec(package) is None:
+        folder = Path(__file__).resolve().parents[1] / "kernels"
+        spec = importlib.util.spec_from_file_location(
+            package, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{package} is not installed and {folder} is not there")
+        sys.modules[package] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[package])
+    return importlib.import_module(f"{package}.{name}")
+
+
+@functools.cache
+def _native() -> Any:
+    return importlib.import_module("esd_fast._native")
+
+
+def _why_no_native(device: torch.device) -> str:
+    try:
+        native = _native()
+    except ModuleNotFoundError:
+        return "native module not built"
+    except ImportError as error:
+        return f"native module does not load: {error}"
+    if device.type == "cpu":
+        return ""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"no native kernels for {device.type}"
+    if not hasattr(native, "cuda_unavailable"):
+        return "native module built without CUDA"
+    return str(native.cuda_unavailable())
+
+
+def _why_no_triton(device: torch.device) -> str:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not interpreted:
+        return f"no Triton for {device.type}"
+    try:
+        import triton  # noqa: F401 -- a fifth of a second, and only needed on CUDA
+    except ModuleNotFoundError:
+        return "triton not installed"
+    except ImportError as error:
+        return f"triton does not import: {error}"
+    return ""
+
+
+# --- choosing ----------------------------------------------------------------------------------------
+
+Implementation = Callable[..., tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class OpPath:
+    """What runs an operator on a device: its name, and why each faster way does not."""
+
+    op: str
+    name: str  # "triton", "native-cuda", "native-cpu-avx512" (-avx2, -baseline) or "torch"
+    skipped: dict[str, str]
+    run: Implementation = field(repr=False, compare=False)
+
+    def __str__(self) -> str:
+        reasons = "; ".join(f"{name}: {why}" for name, why in self.skipped.items())
+        return f"{self.name} ({reasons})" if reasons else self.name
+
+
+@dataclass(frozen=True)
+class _Op:
+    torch: Implementation
+    native_cpu: Implementation
+    native_cuda: Implementation
+    triton: Implementation
+    example: Callable[[torch.device], tuple[Any, ...]]  # small arguments to try a candidate with
+
+
+def _implementation(op: str, way: str, device: torch.device) -> tuple[str, Implementation, str]:
+    """(its full name, the function, why it cannot be used)"""
+    entry = _OPS[op]
+    if way == "torch":
+        return "torch", entry.torch, ""
+    if way == "triton":
+        return "triton", entry.triton, _why_no_triton(device)
+    why = _why_no_native(device)
+    if device.type == "cpu":
+        return f"native-cpu-{_native().cpu_isa()}" if not why else "native", entry.native_cpu, why
+    return f"native-{device.type}", entry.native_cuda, why
+
+
+def _why_wrong(op: str, run: Implementation, device: torch.device) -> str:
+    """Runs a candidate for the first time, on an example, and compares it with torch."""
+    example = _OPS[op].example(device)
+    try:
+        results = run(*example)
+        expected = _OPS[op].torch(*example)
+        right = all(
+            torch.allclose(x.float(), y.float(), rtol=1e-4, atol=1e-5)
+            for x, y in zip(results, expected, strict=True)
+        )
+    except Exception as error:  # noqa: BLE001 -- whatever it is, another way does the work
+        return f"failed when tried: {type(error).__name__}: {str(error).strip()[:200]}"
+    return "" if right else "gave wrong results when tried"
+
+
+@functools.cache
+def _choose(op: str, device: torch.device, forced: str) -> OpPath:
+    # On CUDA Triton first: a compiler for the very card. The native kernels are for where it is missing.
+    ways = [forced] if forced else ["triton"] * (device.type == "cuda") + ["native", "torch"]
+    skipped: dict[str, str] = {}
+    for way in ways:
+        name, run, why = _implementation(op, way, device)
+        if not why and way != "torch":
+            why = _why_wrong(op, run, device)
+        if not why:
+            return OpPath(op, name, skipped, run)
+        skipped[name] = why
+    raise RuntimeError(f"ESD_OPS={forced}, but for {op} on {device}: {skipped[name]}")
+
+
+def path_of(op: str, device: torch.device | str = "cpu") -> OpPath:
+    """What runs `op` on `device`, and why nothing faster does."""
+    if op not in _OPS:
+        raise ValueError(f"op={op!r}: use one of {', '.join(_OPS)}")
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _choose(op, device, _FORCED)
+
+
+def paths(device: torch.device | str = "cpu") -> dict[str, str]:
+    """For reports: each operator's path on `device`, reasons included."""
+    return {op: str(path_of(op, device)) for op in _OPS}
+
+
+# --- guidance_loss -----------------------------------------------------------------------------------
+
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/tensor_view.h
+
+
+def guidance_loss(
+    student: Tensor,
+    anchor: Tensor,
+    concept: Tensor,
+    null: Tensor,
+    negative_guidance: Tensor | float,
+    weight: Tensor | float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Mean over the batch of `weight * mean((student - target)^2)`, and that for each sample.
+
+    The target is `anchor - negative_guidance * (concept - null)`, computed in float32 on the way and never
+    stored. The four predictions have one shape, (B, ...), and may differ in dtype (float32, bfloat16,
+    float16) and memory layout; `anchor` may be `concept` or `null` itself. `negative_guidance` and `weight`
+    are float32 vectors (B,) on the same device, or one number for all samples; a row with
+    `negative_guidance` 0 keeps its sample as the anchor is.
+
+    Returns the loss, a float32 scalar with a gradient for `student` alone (first derivatives only), and the
+    per-sample losses (B,), detached.
+    """
+    if torch.is_grad_enabled():
+        constants = (anchor, concept, null, negative_guidance, weight)
+        for name, value in zip(_ARGUMENTS[1:], constants, strict=True):
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise ValueError(
+                    f"{name}: requires grad, but only student gets a gradient: pass {name}.detach()"
+                )
+    _check_predictions(student, anchor, concept, null)
+    loss, per_sample, _ = torch.ops.esd_fast.guidance_loss(
+        student,
+        anchor,
+        concept,
+        null,
+        _vector("negative_guidance", negative_guidance, student),
+        _vector("weight", weight, student),
+        # About B M / 2, so that float16 holds the gradient before the loss scale reaches it (d loss is
+        # 2 / (B M) of an error), and a power of two, so that taking it out again rounds nothing.
+        2.0 ** (student.numel().bit_length() - 2),
+    )
+    return loss, per_sample
+
+
+_ARGUMENTS = ("student", "anchor", "concept", "null", "negative_guidance", "weight")
+
+
+def _check_predictions(student: Tensor, *teachers: Tensor) -> None:
+    if student.dim() == 0 or student.numel() == 0:
+        raise ValueError(
+            f"student: shape {tuple(student.shape)}: give at least one sample, as (B, ...)"
+        )
+    for name, value in zip(_ARGUMENTS, (student, *teachers), strict=False):
+        if value.dtype not in _DTYPE_CODES:
+            raise ValueError(f"{name}: dtype {value.dtype}: use float32, bfloat16 or float16")
+        if value.shape != student.shape:
+            raise ValueError(
+                f"{name}: shape {tuple(value.shape)}: use that of student, {tuple(student.shape)}"
+            )
+        if value.device != student.device:
+            raise ValueError(
+                f"{name}: on {value.device}: move it to student's device, {student.device}"
+            )
+
+
+def _vector(name: str, value: Tensor | float, student: Tensor) -> Tensor:
+    """A number for all samples, or one for each, as a (B,) float32 vector beside `student`."""
+    batch = student.shape[0]
+    if not isinstance(value, Tensor):
+        return torch.full((batch,), float(value), dtype=torch.float32, device=student.device)
+    if value.dim() == 0:
+        value = value.expand(batch)
+    _check_vector(name, value, student)
+    return value
+
+
+def _check_vector(name: str, value: Tensor, student: Tensor) -> None:
+    if value.dtype != torch.float32:
+        raise ValueError(f"{name}: dtype {value.dtype}: use float32")
+    if value.shape != student.shape[:1]:
+        raise ValueError(
+            f"{name}: shape {tuple(value.shape)}: use ({student.shape[0]},), one for each sample, or a number"
+        )
+    if value.device != student.device:
+        raise ValueError(
+            f"{name}: on {value.device}: move it to student's device, {student.device}"
+        )
+
+
+def _check(student: Tensor, *others: Tensor) -> None:
+    """What the kernels take on trust, also when torch.ops is called directly."""
+    *teachers, negative_guidance, weight = others
+    _check_predictions(student, *teachers)
+    _check_vector("negative_guidance", negative_guidance, student)
+    _check_vector("weight", weight, student)
+
+
+def _samples_dense(x: Tensor) -> bool:
+    """Whether each sample is one block of memory without gaps, and they follow each other."""
+    if x.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(x.stride()[1:], x.shape[1:], strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return x.shape[0] == 1 or x.stride(0) == expected
+
+
+def _like(student: Tensor, teacher: Tensor) -> Tensor:
+    """`teacher` in the memory layout of `student`."""
+    if teacher.stride() == student.stride() or (
+        teacher.is_contiguous() and student.is_contiguous()
+    ):
+        return teacher
+    return torch.empty_like(student, dtype=teacher.dtype).copy_(teacher)
+
+
+def _guidance_loss_real(
+    student: Tensor,
+    anchor: Tensor,
+    concept: Tensor,
+    null: Tensor,
+    negative_guidance: Tensor,
+    weight: Tensor,
+    gradient_scale: float,
+) -> tuple[Tensor, ...]:
+    _check(student, anchor, concept, null, negative_guidance, weight)
+    if not _samples_dense(student):
+        student = student.contiguous()
+    return path_of("guidance_loss", student.device).run(
+        student,
+        _like(student, anchor),
+        _like(student, concept),
+        _like(student, null),
+        negative_guidance.contiguous(),
+        weight.contiguous(),
+        gradient_scale,
+    )
+
+
+def _guidance_loss_fake(
+    student: Tensor,
+    anchor: Tensor,
+    concept: Tensor,
+    null: Tensor,
+    negative_guidance: Tensor,
+    weight: Tensor,
+    gradient_scale: float,  # noqa: ARG001
+) -> tuple[Tensor, ...]:
+    _check(student, anchor, concept, null, negative_guidance, weight)
+    per_sample = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    gradient = torch.empty_like(student if _samples_dense(student) else student.contiguous())
+    return per_sample.new_empty(()), per_sample, gradient
+
+
+def _guidance_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, per_sample, gradient = output
+    ctx.mark_non_differentiable(per_sample, gradient)
+    ctx.save_for_backward(gradient)
+    ctx.gradient_scale = inputs[-1]
+
+
+def _guidance_loss_backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    # The saved gradient is a constant to autograd. Gradients are on in here with create_graph=True alone.
+    if torch.is_grad_enabled():
+        raise RuntimeError("guidance_loss has no second derivative: do without create_graph=True")
+    (gradient,) = ctx.saved_tensors
+    factor = grad_loss / ctx.gradient_scale
+    if gradient.dtype == torch.float32:
+        return gradient * factor, *(None,) * 6
+    # Not gradient * factor: on CUDA that would round the factor to the gradient's dtype first.
+    return (gradient.float() * factor).to(gradient.dtype), *(None,) * 6
+
+
+def _guidance_loss_torch(*args: Any) -> tuple[Tensor, ...]:
+    return tuple(_kernels("reference").guidance_loss(*args))
+
+
+def _guidance_loss_triton(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    launch = _kernels("guidance_loss").guidance_loss
+    if student.device.type != "cuda":  # the interpreter
+        return tuple(launch(student, *args))
+    with torch.cuda.device(student.device):
+        return tuple(launch(student, *args))
+
+
+def _guidance_loss_pointers(
+    student: Tensor,
+    anchor: Tensor,
+    concept: Tensor,
+    null: Tensor,
+    negative_guidance: Tensor,
+    weight: Tensor,
+    gradient_scale: float,
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Any, ...]]:
+    """Fresh results, and the arguments both native kernels share."""
+    batch = student.shape[0]
+    loss = torch.empty((), dtype=torch.float32, device=student.device)
+    per_sample = torch.empty(batch, dtype=torch.float32, device=student.device)
+    gradient = torch.empty_like(student)
+    arguments = (
+        *((x.data_ptr(), _DTYPE_CODES[x.dtype]) for x in (student, anchor, concept, null)),
+        *(x.data_ptr() for x in (negative_guidance, weight, loss, per_sample, gradient)),
+        batch,
+        student.numel() // batch,
+        gradient_scale,
+    )
+    return (loss, per_sample, gradient), arguments
+
+
+def _guidance_loss_native_cpu(*args: Any) -> tuple[Tensor, ...]:
+    results, arguments = _guidance_loss_pointers(*args)
+    _native().guidance_loss_cpu(*arguments, torch.get_num_threads())
+    return results
+
+
+def _guidance_loss_native_cuda(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *teachers, negative_guidance, weight, gradient_scale = args
+    if len({x.dtype for x in teachers}) > 1:  # compiled for one dtype of the three
+        teachers = [x.float() for x in teachers]
+    results, arguments = _guidance_loss_pointers(
+        student, *teachers, negative_guidance, weight, gradient_scale
+    )
+    batch = student.shape[0]
+    scratch = torch.empty(
+        _native().guidance_loss_scratch(batch, student.numel() // batch),
+        dtype=torch.float32,
+        device=student.device,
+    )
+    stream = torch.cuda.current_stream(student.device).cuda_stream
+    _native().guidance_loss_cuda(*arguments, scratch.data_ptr(), student.device.index, stream)
+    return results
+
+
+def _guidance_loss_example(device: torch.device) -> tuple[Any, ...]:
+    return tuple(_kernels("reference").guidance_loss_example(device))
+
+
+# --- registration ------------------------------------------------------------------------------------
+
+_OPS = {
+    "guidance_loss": _Op(
+        torch=_guidance_loss_torch,
+        native_cpu=_guidance_loss_native_cpu,
+        native_cuda=_guidance_loss_native_cuda,
+        triton=_guidance_loss_triton,
+        example=_guidance_loss_example,
+    ),
+}
+
+# Library.define and impl rather than torch.library.custom_op: a sixth of its cost a call.
+_LIBRARY = torch.library.Library("esd_fast", "DEF")
+_LIBRARY.define(
+    "guidance_loss(Tensor student, Tensor anchor, Tensor concept, Tensor null, Tensor negative_guidance, "
+    "Tensor weight, float gradient_scale) -> (Tensor loss, Tensor per_sample, Tensor gradient)"
+)
+_LIBRARY.impl("guidance_loss", _guidance_loss_real, "CompositeExplicitAutograd")
+torch.library.register_fake("esd_fast::guidance_loss", _guidance_loss_fake, lib=_LIBRARY)
+torch.library.register_autograd(
+    "esd_fast::guidance_loss",
+    _guidance_loss_backward,
+    setup_context=_guidance_loss_setup,
+    lib=_LIBRARY,
+)
