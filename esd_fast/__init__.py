@@ -1,0 +1,45 @@
+"""esd-fast: erase a concept from a diffusion model (ESD), fast.
+
+erasure = esd_fast.erase(pipeline, "Van Gogh")   # the pipeline is left erased
+erasure.save("out/")                             # the reference's file format
+erasure.revert(pipeline)                         # every bit as before
+esd_fast.load("out/").apply(pipeline)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import PRESETS, EraseConfig
+    from .erasure import Erasure, load
+    from .esd import EraseInterrupted, Progress, erase
+
+__version__ = "0.1.0"
+__all__ = [
+    "PRESETS",
+    "EraseConfig",
+    "EraseInterrupted",
+    "Erasure",
+    "Progress",
+    "erase",
+    "load",
+]
+# name -> module: imported on first use, so that `import esd_fast` and --help stay light
+_HOMES = {
+    "EraseConfig": "config",
+    "PRESETS": "config",
+    "EraseInterrupted": "esd",
+    "Progress": "esd",
+    "erase": "esd",
+    "Erasure": "erasure",
+    "load": "erasure",
+}
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,0 +1,176 @@
+"""What to erase and how: one frozen dataclass, and the named recipes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .parameters import check_method
+from .prompts import clean_prompt
+
+Anchor = Literal["concept", "null", "erase_from"]
+
+
+@dataclass(frozen=True)
+class EraseConfig:
+    """One erasure, fully said. `EraseConfig.from_preset` fills in a recipe's values.
+
+    A bad value raises ValueError naming the argument, the value and what would do.
+    """
+
+    concept: str
+    """What to erase: a prompt such as "cat" or "Van Gogh". Commas stay in the prompt."""
+    erase_from: str | None = None
+    """Erase `concept` only from this wider prompt; its prediction is then the target's anchor."""
+    preset: str = "fast"
+    """The recipe whose values the other fields started from."""
+    train_method: str = "esd-x"
+    """Which weights train: a name of parameters.METHODS, an alias, or a regular expression."""
+    iterations: int = 200
+    """Optimizer steps."""
+    batch_size: int = 1
+    """Samples an optimizer step."""
+    learning_rate: float = 5e-5
+    """Of Adam (default betas, no decay, no schedule)."""
+    negative_guidance: float = 2.0
+    """How far the target is pushed away from the concept. With the null anchor it is the paper's
+    eta (equation 6); with the concept anchor it is eta + 1."""
+    anchor: Literal["concept", "null"] = "concept"
+    """What the target starts from where there is no `erase_from`."""
+    guidance_scale: float = 3.0
+    """Classifier-free guidance of the rollout."""
+    num_inference_steps: int = 50
+    """Scheduler steps of a whole trajectory."""
+    rollout: Literal["frozen", "student"] = "frozen"
+    """Who draws the trajectories: the frozen UNet, or the one in training (the paper)."""
+    samples: Literal["all", "last"] = "all"
+    """Train on every state of a trajectory, or (the reference) on the last of a random length."""
+    schedule: Literal["model", "paper", "paper-diffusers"] = "model"
+    """Timesteps: the model's own scheduler, or the DDIM lists of the two published scripts."""
+    collect_batch_size: int = 4
+    """Trajectories side by side while collecting (the fused forward holds two or three times as
+    many passes). Speed and memory, not the result, depend on it."""
+    resolution: int | None = None
+    """Pixels a side; None: the model's own."""
+    seed: int = 0
+    """Of the initial noise, the drawn timesteps and the order of the samples."""
+    dtype: str = "auto"
+    """Of the frozen weights: "float32", "bfloat16", "float16"; "auto" keeps a live pipeline's own
+    and takes what the device is fast in otherwise. Trainable weights have float32 masters."""
+    device: str = "auto"
+    """"cuda", "cuda:1", "mps", "cpu"; "auto" keeps a live pipeline's own, else the best there."""
+
+    @classmethod
+    def from_preset(cls, preset: str, concept: str, **overrides: Any) -> EraseConfig:
+        """The recipe `preset` for `concept`; overrides that are None keep the recipe's value."""
+        if preset not in PRESETS:
+            raise ValueError(f"preset {preset!r} is unknown; there are {', '.join(PRESETS)}")
+        names = {field.name for field in dataclasses.fields(cls)}
+        for name in overrides:
+            if name not in names:
+                raise ValueError(f"{name!r} is no setting; there are {', '.join(sorted(names))}")
+        given = {k: v for k, v in overrides.items() if v is not None}
+        return cls(concept=concept, preset=preset, **{**PRESETS[preset], **given})
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "concept", clean_prompt("concept", self.concept))
+        if self.erase_from is not None:
+            object.__setattr__(self, "erase_from", clean_prompt("erase_from", self.erase_from))
+        check_method(self.train_method)
+        for name in ("iterations", "batch_size", "num_inference_steps", "collect_batch_size"):
+            check_count(name, getattr(self, name))
+        check_number("learning_rate", self.learning_rate, above=0.0)
+        check_number("negative_guidance", self.negative_guidance)
+        check_number("guidance_scale", self.guidance_scale)
+        if self.num_inference_steps > 1000:
+            refuse("num_inference_steps", self.num_inference_steps, "at most 1000")
+        if self.schedule == "paper-diffusers" and self.num_inference_steps < 3:
+            refuse("num_inference_steps", self.num_inference_steps, "at least 3 for this schedule")
+        if self.resolution is not None:
+            check_count("resolution", self.resolution)
+            if self.resolution % 8:
+                refuse("resolution", self.resolution, "a multiple of 8, such as 512")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            refuse("seed", self.seed, "a whole number from 0")
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                refuse(name, getattr(self, name), " or ".join(repr(a) for a in allowed))
+        if self.rollout == "student" and self.samples == "all":
+            # every state of a student's trajectory would be answered by a different student
+            refuse("samples", self.samples, "'last' where rollout is 'student'")
+        if self.samples == "all" and self.schedule != "model":
+            refuse("schedule", self.schedule, "'model' where samples is 'all'")
+
+    @property
+    def target_anchor(self) -> Anchor:
+        """The prediction that the target really starts from."""
+        return "erase_from" if self.erase_from is not None else self.anchor
+
+    @property
+    def eta(self) -> float:
+        """The paper's negative guidance: the push counted from the null prediction's side."""
+        return self.negative_guidance - (1.0 if self.target_anchor == "concept" else 0.0)
+
+
+# The names of the field's recipes (where each number is from: the ESD paper and its scripts).
+PRESETS: dict[str, dict[str, Any]] = {
+    # every state of a few full trajectories, each used once
+    "fast": {},
+    # the frozen-rollout script of 2025/26: a fresh rollout for every optimizer step
+    "reference": {
+        "iterations": 200,
+        "batch_size": 1,
+        "learning_rate": 5e-5,
+        "negative_guidance": 2.0,
+        "samples": "last",
+    },
+    # the paper's script on the original code base
+    "paper": {
+        "train_method": "ldm-xattn",
+        "iterations": 1000,
+        "batch_size": 1,
+        "learning_rate": 1e-5,
+        "negative_guidance": 1.0,
+        "anchor": "null",
+        "rollout": "student",
+        "samples": "last",
+        "schedule": "paper",
+    },
+    # the paper's algorithm as a diffusers script
+    "paper-diffusers": {
+        "iterations": 200,
+        "batch_size": 1,
+        "learning_rate": 2e-5,
+        "negative_guidance": 2.0,
+        "anchor": "null",
+        "rollout": "student",
+        "samples": "last",
+        "schedule": "paper-diffusers",
+    },
+}
+CHOICES: dict[str, tuple[str, ...]] = {
+    "anchor": ("concept", "null"),
+    "rollout": ("frozen", "student"),
+    "samples": ("all", "last"),
+    "schedule": ("model", "paper", "paper-diffusers"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+}
+
+
+def refuse(name: str, value: object, would_do: str) -> None:
+    raise ValueError(f"{name} is {value!r}; it must be {would_do}")
+
+
+def check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        refuse(name, value, "a whole number from 1")
+
+
+def check_number(name: str, value: object, above: float | None = None) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value):  # type: ignore[arg-type]
+        refuse(name, value, "a finite number")
+    if above is not None and value <= above:  # type: ignore[operator]
+        refuse(name, value, f"above {above:g}")

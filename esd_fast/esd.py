@@ -1,0 +1,226 @@
+"""The whole of ESD on one page (named esd, since esd_fast.erase is the function): prompts, plan, collect, fit, Erasure."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from .collect import Teacher, TeacherSamples, chunked, collect_all, collect_last
+from .config import EraseConfig
+from .erasure import Erasure, fingerprint, versions
+from .fit import FitStep, Fitter, shuffled
+from .models import Model, PromptSet, load_model
+from .objective import Objective
+from .parameters import TrainableSubset, canonical_method, only_trainable, trainable_names
+from .plan import Rollout, plan_rollouts
+from .schedules import scheduler_for
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is told while it happens: `done` of `total` UNet passes or optimizer steps."""
+
+    phase: str  # "collect" or "fit"; a student's rollouts are part of "fit"
+    done: int
+    total: int
+    loss: float | None = None
+
+
+class EraseInterrupted(KeyboardInterrupt):
+    """Ctrl-C came; `erasure` is the work so far, the model holds its own weights again."""
+
+    def __init__(self, erasure: Erasure) -> None:
+        super().__init__("interrupted")
+        self.erasure = erasure
+
+
+def erase(
+    model: Any = None,
+    concept: str = "",
+    *,
+    preset: str = "fast",
+    on_progress: Callable[[Progress], None] | None = None,
+    on_step: Callable[[FitStep], None] | None = None,
+    **settings: Any,
+) -> Erasure:
+    """Erase `concept` from `model`; a live pipeline is left erased.
+
+    `model`: a diffusers pipeline, a diffusers folder, a hub id, or None for the embedded model.
+    `settings`: any field of EraseConfig. Raises ValueError for a bad value before anything is
+    loaded, EraseInterrupted on Ctrl-C in training, NonFiniteLoss where training went wrong; in
+    the last two the model is as it was.
+    """
+    config = EraseConfig.from_preset(preset, concept, **settings)
+    return run(load_model(model, config), config, on_progress=on_progress, on_step=on_step)
+
+
+def run(
+    model: Model,
+    config: EraseConfig,
+    *,
+    rollouts: list[Rollout] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    on_step: Callable[[FitStep], None] | None = None,
+) -> Erasure:
+    """`erase` on a loaded model. `rollouts` replaces the plan drawn from the seed."""
+    started = time.perf_counter()
+    names = trainable_names(model.unet, config.train_method, model.family.name)
+    shape = model.latent_shape(config.resolution)
+    scheduler = scheduler_for(model.pipeline.scheduler, config)
+    prompts = encode_prompts(model, config, resolution=shape[-1] * model.vae_scale_factor)
+    teacher = Teacher(
+        unet=model.unet,
+        scheduler=scheduler,
+        prompts=prompts,
+        rolled=rolled_prompt(config),
+        asked=tuple(prompts.by_name),
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+    )
+    if rollouts is None:
+        rollouts = plan_rollouts(config, scheduler.timesteps, shape)
+    subset = TrainableSubset.of(model.unet, names)
+    objective = Objective(config.target_anchor, config.negative_guidance)
+    student = prompts["concept" if config.erase_from is None else "erase_from"]
+    fitter = Fitter(model.unet, subset, student, objective, config.learning_rate)
+    meter = Meter(on_progress or (lambda _: None), passes_of(config, teacher, rollouts))
+
+    finished = False
+    try:
+        with only_trainable(model.unet, subset):
+            for samples in training_batches(config, teacher, rollouts, subset, meter):
+                step = fitter.step(samples)
+                meter.fitted(step, config)
+                if on_step:
+                    on_step(step)
+        finished = True
+    except KeyboardInterrupt:
+        erasure = finish(model, config, subset, fitter, meter, started, interrupted=True)
+        raise EraseInterrupted(erasure) from None
+    finally:
+        if not finished:
+            subset.restore()
+    return finish(model, config, subset, fitter, meter, started, interrupted=False)
+
+
+def training_batches(
+    config: EraseConfig,
+    teacher: Teacher,
+    rollouts: list[Rollout],
+    subset: TrainableSubset,
+    meter: Meter,
+) -> Iterator[TeacherSamples]:
+    """One batch for every optimizer step, as the policies want them."""
+    if config.samples == "all":  # frozen UNet: everything first, then in shuffled order
+        parts = [
+            collect_all(teacher, together, meter.collected)
+            for together in chunked(rollouts, config.collect_batch_size)
+        ]
+        samples = TeacherSamples.join(parts)
+        order = shuffled(len(samples), config.seed)
+        for first in range(0, config.iterations * config.batch_size, config.batch_size):
+            yield samples[order[first : first + config.batch_size]]
+    elif config.rollout == "frozen":  # nothing depends on the student: everything first
+        yield from [collect_last(teacher, rollout, meter.collected) for rollout in rollouts]
+    else:  # the student as it is now rolls out; its teacher is swapped in for the questions
+        for rollout in rollouts:
+            yield collect_last(teacher, rollout, meter.collected, frozen=subset.teacher)
+
+
+def rolled_prompt(config: EraseConfig) -> str:
+    """What trajectories follow: in the frozen-rollout scripts the prompt that is erased from."""
+    if config.erase_from is not None and config.rollout == "frozen":
+        return "erase_from"
+    return "concept"
+
+
+def encode_prompts(model: Model, config: EraseConfig, resolution: int) -> PromptSet:
+    texts = {"null": "", "concept": config.concept}
+    if config.erase_from is not None:
+        texts["erase_from"] = config.erase_from
+    encode = model.family.encode
+    return PromptSet({k: encode(model.pipeline, text, resolution) for k, text in texts.items()})
+
+
+def passes_of(config: EraseConfig, teacher: Teacher, rollouts: list[Rollout]) -> int:
+    """UNet passes that collecting will take."""
+    asked = len(teacher.asked)
+    if config.samples == "all":
+        return sum(len(r.noise) * r.steps * asked for r in rollouts)
+    return sum(len(r.noise) * (r.steps * 2 + asked) for r in rollouts)
+
+
+class Meter:
+    """Counts UNet passes and seconds of each phase, and tells the watcher."""
+
+    def __init__(self, tell: Callable[[Progress], None], collect_total: int) -> None:
+        self.tell, self.collect_total = tell, collect_total
+        self.passes = {"collect": 0, "fit": 0}
+        self.seconds = {"collect": 0.0, "fit": 0.0}
+        self.last = time.perf_counter()
+
+    def collected(self, passes: int) -> None:
+        self.count("collect", passes)
+        self.tell(Progress("collect", self.passes["collect"], self.collect_total))
+
+    def fitted(self, step: FitStep, config: EraseConfig) -> None:
+        self.count("fit", 2 * len(step.samples))  # forward and backward
+        self.tell(Progress("fit", step.iteration + 1, config.iterations, step.loss))
+
+    def count(self, phase: str, passes: int) -> None:
+        now = time.perf_counter()
+        self.passes[phase] += passes
+        self.seconds[phase] += now - self.last
+        self.last = now
+
+
+def finish(
+    model: Model,
+    config: EraseConfig,
+    subset: TrainableSubset,
+    fitter: Fitter,
+    meter: Meter,
+    started: float,
+    interrupted: bool,
+) -> Erasure:
+    """The result, with a manifest that says how it came about."""
+    from . import ops
+
+    device = str(model.unet.device)
+    manifest = {
+        "concept": config.concept,
+        "erase_from": config.erase_from,
+        "method": canonical_method(config.train_method),
+        "preset": config.preset,
+        "model": model.source,
+        "family": model.family.name,
+        "base_fingerprint": fingerprint(subset.frozen),
+        "config": dataclasses.asdict(config),
+        "target": {"anchor": config.target_anchor, "eta": config.eta},
+        "resolution": config.resolution or model.native_resolution,
+        "seed": config.seed,
+        "interrupted": interrupted,
+        "losses": list(fitter.losses),
+        "seconds": {"total": time.perf_counter() - started, **meter.seconds},
+        "unet_passes": {**meter.passes, "total": sum(meter.passes.values())},
+        "paths_taken": {
+            "device": device,
+            "dtype": f"{str(model.unet.dtype).removeprefix('torch.')}, trainables float32",
+            "attention": attention_path(model.unet),
+            "cuda_graphs": "no: not built yet",
+            **ops.paths(device),
+        },
+        "versions": versions(),
+    }
+    erasure = Erasure(subset.trained(), manifest)
+    erasure.remember_original(model.unet, subset.frozen)
+    return erasure
+
+
+def attention_path(unet: Any) -> str:
+    """Which attention really ran, by the processors that the UNet holds."""
+    kinds = sorted({type(p).__name__ for p in unet.attn_processors.values()})
+    return ", ".join("torch SDPA" if k == "AttnProcessor2_0" else k for k in kinds)

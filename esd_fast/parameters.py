@@ -1,0 +1,210 @@
+"""The trainable subset: which parameters, their float32 masters, teacher and student values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+ALIASES = {
+    "xattn": "esd-x",
+    "xattn-strict": "esd-x-strict",
+    "noxattn": "esd-u",
+    "full": "esd-all",
+}
+# What each method is for, as shown by `esd-fast info` and in error messages.
+METHODS = {
+    "esd-x": "cross-attention: erases what the words ask for (styles, names)",
+    "esd-x-strict": "keys and values of cross-attention only",
+    "esd-u": "all but cross-attention: erases whatever the words (nudity, objects)",
+    "esd-all": "every convolution and matrix",
+    "selfattn": "self-attention",
+    "ldm-xattn": "the paper's script: all cross-attention parameters",
+    "ldm-noxattn": "the paper's script: all but cross-attention, output and time embedding",
+    "ldm-selfattn": "the paper's script: all self-attention parameters",
+    "ldm-notime": "the paper's script: all but output and time embedding",
+    "ldm-full": "the paper's script: every parameter",
+    "ldm-xlayer": "the paper's script: cross-attention of output blocks 6 and 8",
+    "ldm-selflayer": "the paper's script: self-attention of input blocks 4 and 7",
+}
+
+
+def canonical_method(method: str) -> str:
+    return ALIASES.get(method, method)
+
+
+def check_method(method: object) -> None:
+    """A known name, an alias, or a regular expression (which never looks like a plain name)."""
+    if not isinstance(method, str) or not method.strip():
+        raise ValueError(f"train_method is {method!r}; it must be one of {', '.join(METHODS)}")
+    if canonical_method(method) in METHODS:
+        return
+    if re.fullmatch(r"[\w-]+", method) and not re.search(r"attn|block|mid|conv|time|to_", method):
+        known = ", ".join([*METHODS, *ALIASES])
+        raise ValueError(
+            f"train_method is {method!r}; it must be one of {known}, "
+            "or a regular expression over module names such as 'up_blocks.*attn2'"
+        )
+    try:
+        re.compile(method)
+    except re.error as error:
+        raise ValueError(f"train_method {method!r} is no regular expression: {error}") from None
+
+
+def trainable_names(unet: torch.nn.Module, method: str, family: str = "sd") -> list[str]:
+    """State-dict names of the parameters that `method` trains, in the UNet's order.
+
+    Raises ValueError where nothing is selected, with examples of what there is.
+    """
+    from torch import nn
+
+    method = canonical_method(method)
+    if method.startswith("ldm-") and method in METHODS:
+        rule = LDM_RULES[method]
+        names = [n for n, _ in unet.named_parameters() if rule(n)]
+    else:
+        rule = ESD_RULES[method] if method in ESD_RULES else re.compile(method).search
+        if family == "sdxl" and method in ("esd-u", "esd-all"):
+            base_rule = rule
+            rule = lambda n: base_rule(n) and "block" in n and "emb" not in n
+        names = [
+            f"{module_name}.{name}"
+            for module_name, module in unet.named_modules()
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and rule(module_name)
+            for name, _ in module.named_parameters(recurse=False)
+        ]
+    if not names:
+        examples = [n for n, m in unet.named_modules() if isinstance(m, nn.Linear)][:3]
+        raise ValueError(
+            f"train_method {method!r} selects no parameter of this UNet; "
+            f"its module names look like {', '.join(examples)}"
+        )
+    order = {n: i for i, (n, _) in enumerate(unet.named_parameters())}
+    return sorted(dict.fromkeys(names), key=order.__getitem__)
+
+
+ESD_RULES: dict[str, Callable[[str], object]] = {
+    "esd-x": lambda n: "attn2" in n,
+    "esd-x-strict": lambda n: "attn2.to_k" in n or "attn2.to_v" in n,
+    "esd-u": lambda n: "attn2" not in n,
+    "esd-all": lambda n: True,  # noqa: ARG005
+    "selfattn": lambda n: "attn1" in n,
+}
+
+
+def is_output(name: str) -> bool:
+    return name.startswith(("conv_norm_out.", "conv_out."))  # CompVis: `out.`
+
+
+def is_time_embedding(name: str) -> bool:
+    return name.startswith("time_embedding.")  # CompVis: `time_embed`
+
+
+# The paper's script speaks CompVis names; where blocks are numbered, SD's four levels of three
+# input and three output blocks: output 6 and 8 are up block 2's first and last, input 4 and 7
+# the first of down blocks 1 and 2.
+LDM_RULES: dict[str, Callable[[str], bool]] = {
+    "ldm-xattn": lambda n: "attn2" in n,
+    "ldm-selfattn": lambda n: "attn1" in n,
+    "ldm-noxattn": lambda n: "attn2" not in n and not is_output(n) and not is_time_embedding(n),
+    "ldm-notime": lambda n: not is_output(n) and not is_time_embedding(n),
+    "ldm-full": lambda n: True,  # noqa: ARG005
+    "ldm-xlayer": lambda n: (
+        "attn2" in n and n.startswith(("up_blocks.2.attentions.0.", "up_blocks.2.attentions.2."))
+    ),
+    "ldm-selflayer": lambda n: (
+        "attn1" in n
+        and n.startswith(("down_blocks.1.attentions.0.", "down_blocks.2.attentions.0."))
+    ),
+}
+
+
+@dataclass
+class TrainableSubset:
+    """The parameters in training. Adam moves float32 masters; the UNet computes in its own dtype.
+
+    `masters` are the parameters themselves where the UNet is float32 already. `frozen` holds
+    exact copies of the starting values (the teacher's, and what `restore` puts back).
+    """
+
+    parameters: dict[str, torch.nn.Parameter]
+    masters: dict[str, torch.Tensor]
+    frozen: dict[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, unet: torch.nn.Module, names: list[str]) -> TrainableSubset:
+        import torch
+
+        every = dict(unet.named_parameters())
+        parameters = {n: every[n] for n in names}
+        frozen = {n: p.detach().clone() for n, p in parameters.items()}
+        masters = {
+            n: p if p.dtype == torch.float32 else p.detach().float().clone()
+            for n, p in parameters.items()
+        }
+        return cls(parameters, masters, frozen)
+
+    def step(self, optimizer: torch.optim.Optimizer, scale: float = 1.0) -> None:
+        """Gradients (of `scale` times the loss) to the masters, one optimizer step, masters back
+        into the UNet."""
+        import torch
+
+        for name, parameter in self.parameters.items():
+            master = self.masters[name]
+            if master is not parameter:
+                master.grad = None if parameter.grad is None else parameter.grad.float() / scale
+                parameter.grad = None
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                if self.masters[name] is not parameter:
+                    parameter.copy_(self.masters[name])
+
+    @contextmanager
+    def teacher(self) -> Iterator[None]:
+        """Within: the UNet holds its starting values (pointers are swapped, nothing is copied)."""
+        trained = {n: p.data for n, p in self.parameters.items()}
+        try:
+            for name, parameter in self.parameters.items():
+                parameter.data = self.frozen[name]
+            yield
+        finally:
+            for name, parameter in self.parameters.items():
+                parameter.data = trained[name]
+
+    def trained(self) -> dict[str, torch.Tensor]:
+        """Copies of the masters on the CPU, float32."""
+        return {n: m.detach().to("cpu", copy=True).contiguous() for n, m in self.masters.items()}
+
+    def restore(self) -> None:
+        """The starting values, bit for bit."""
+        import torch
+
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(self.frozen[name])
+
+
+@contextmanager
+def only_trainable(unet: torch.nn.Module, subset: TrainableSubset) -> Iterator[None]:
+    """Within: gradients for the subset alone (a frozen weight's gradient is a third of the
+    backward), in eval mode; after: every flag as it was."""
+    flags = [(p, p.requires_grad) for p in unet.parameters()]
+    training = unet.training
+    try:
+        unet.requires_grad_(False).eval()
+        for parameter in subset.parameters.values():
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for parameter in subset.parameters.values():
+            parameter.grad = None
+        unet.train(training)

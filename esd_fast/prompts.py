@@ -1,0 +1,45 @@
+"""Prompts: cleaned, counted, named. Encoding them is the model family's business (models/)."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from typing import Any
+
+
+def clean_prompt(argument: str, text: object) -> str:
+    """The prompt without blanks around it. Raises ValueError where nothing is left."""
+    if not isinstance(text, str):
+        hint = "; for several concepts say them one at a time" if isinstance(text, list) else ""
+        raise ValueError(f"{argument} is {text!r}; it must be a text, such as 'cat'{hint}")
+    cleaned = text.strip()
+    if not any(character.isprintable() and not character.isspace() for character in cleaned):
+        raise ValueError(f"{argument} is {text!r}; it must name something, such as 'cat'")
+    return cleaned
+
+
+def safe_name(text: str, limit: int = 60) -> str:
+    """A file name of `text` for every file system: "AC/DC" becomes "AC-DC".
+
+    Texts that lose something, or are cut, get a short hash, so that two of them never meet.
+    """
+    plain = unicodedata.normalize("NFKC", text)
+    name = re.sub(r"[^\w.+-]+", "-", plain).strip("-. ")[:limit].rstrip("-. ")
+    spaces_only = re.sub(r" ", "-", text)
+    if name == spaces_only and name.upper() not in RESERVED:
+        return name
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return f"{name}-{digest}" if name else digest
+
+
+# names that Windows keeps for devices
+RESERVED = {"CON", "PRN", "AUX", "NUL", *(f"{n}{i}" for n in ("COM", "LPT") for i in range(1, 10))}
+
+
+def lost_by_truncation(tokenizer: Any, prompt: str) -> str:
+    """The end of `prompt` that the tokenizer's limit cuts off, or ''."""
+    limit = tokenizer.model_max_length
+    tokens = tokenizer(prompt, truncation=False, verbose=False).input_ids
+    # the last kept place holds the end token
+    return "" if len(tokens) <= limit else tokenizer.decode(tokens[limit - 1 : -1])
