@@ -104,10 +104,25 @@ class Erasure:
         temporary = target.with_name(target.name + ".part")
         try:
             save_file(self.tensors, temporary, metadata=self.metadata())
-            os.replace(temporary, target)
+            temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
         return target
+
+    def moves(self, model: Any) -> list[dict[str, Any]]:
+        """How far each tensor moved on `model`, relative to what it was; the farthest first."""
+        original = self._originals.get(unet_of(model), {})
+        moves = [
+            {
+                "name": name,
+                "relative_move": float(
+                    (self.tensors[name] - before.cpu().float()).norm()
+                    / before.float().norm().cpu().clamp_min(1e-12)
+                ),
+            }
+            for name, before in original.items()
+        ]
+        return sorted(moves, key=lambda row: -row["relative_move"])
 
     def metadata(self) -> dict[str, str]:
         """The reference's keys, and the whole manifest as JSON."""

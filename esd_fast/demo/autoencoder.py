@@ -42,6 +42,7 @@ def balanced(rng: random.Random, count: int) -> list[world.Scene]:
 
 def train_autoencoder(painter: Painter, folder: Path) -> AutoencoderKL:
     def loss_of(vae: nn.Module, step: int, generator: torch.Generator) -> torch.Tensor:
+        del step  # the generator is seeded by it
         rng = random.Random(generator.initial_seed())
         pictures = painter.paint_scenes(balanced(rng, BATCH), generator)
         with torch.autocast("cpu", torch.bfloat16):

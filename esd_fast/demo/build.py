@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -61,7 +60,7 @@ def build_judge(
     judge = train_judge(name, painter, strangers, vae, work)
     halves = {k: v.half().contiguous() for k, v in judge.state_dict().items()}
     save_file(halves, work / f"{name}.part")
-    os.replace(work / f"{name}.part", work / f"{name}.safetensors")
+    (work / f"{name}.part").replace(work / f"{name}.safetensors")
     objects, styles = accuracy(load_judge(work, name), painter)
     report = {"object_accuracy": objects, "style_accuracy": styles}
     (work / f"{name}.json").write_text(json.dumps(report, indent=1))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
@@ -35,7 +37,7 @@ class ConvolutionJudge(nn.Module):
         super().__init__()
         widths = (3, 32, 64, 96, 128)
         layers: list[nn.Module] = []
-        for before, width in zip(widths, widths[1:], strict=False):
+        for before, width in itertools.pairwise(widths):
             layers += [nn.Conv2d(before, width, 3, 2, 1), nn.GroupNorm(8, width), nn.SiLU()]
             layers += [nn.Conv2d(width, width, 3, 1, 1), nn.GroupNorm(8, width), nn.SiLU()]
         self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.2))
@@ -47,28 +49,39 @@ class ConvolutionJudge(nn.Module):
         return self.objects(features), self.styles(features)
 
 
-class PatchJudge(nn.Module):
-    """The second opinion: a small transformer over 8x8 patches, nothing in common but the task."""
+class ResidualJudge(nn.Module):
+    """The second opinion, built differently: residual, max-pooled, other widths and seed."""
 
     def __init__(self) -> None:
         super().__init__()
-        width = 128
-        self.patches = nn.Conv2d(3, width, 8, 8)
-        self.positions = nn.Parameter(torch.randn(1, 64, width) * 0.02)
-        layer = nn.TransformerEncoderLayer(
-            width, 4, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-        )
-        self.body = nn.TransformerEncoder(layer, 4, nn.LayerNorm(width), enable_nested_tensor=False)
-        self.objects = nn.Linear(width, len(LABELS))
-        self.styles = nn.Linear(width, len(STYLE_NAMES))
+        width = 48
+        self.stem = nn.Conv2d(3, width, 5, 2, 2)  # (B, 48, 32, 32)
+        self.blocks = nn.ModuleList(ResidualBlock(width * 2**i) for i in range(3))
+        self.widen = nn.ModuleList(nn.Conv2d(width * 2**i, width * 2 ** (i + 1), 1) for i in (0, 1))
+        features = width * 4 * 16
+        self.objects = nn.Linear(features, len(LABELS))
+        self.styles = nn.Linear(features, len(STYLE_NAMES))
 
     def forward(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = self.patches(pictures).flatten(2).transpose(1, 2) + self.positions
-        features = self.body(tokens).mean(1)
+        x = self.blocks[0](F.max_pool2d(self.stem(pictures), 2))  # (B, 48, 16, 16)
+        for widen, block in zip(self.widen, self.blocks[1:], strict=True):
+            x = block(F.max_pool2d(widen(x), 2))
+        features = F.dropout(x.flatten(1), 0.3, self.training)  # (B, 192 * 16)
         return self.objects(features), self.styles(features)
 
 
-JUDGES: dict[str, type[nn.Module]] = {"judge": ConvolutionJudge, "second-judge": PatchJudge}
+class ResidualBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(1, width)
+        self.first = nn.Conv2d(width, width, 3, 1, 1)
+        self.second = nn.Conv2d(width, width, 3, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.second(F.gelu(self.first(self.norm(x))))
+
+
+JUDGES: dict[str, type[nn.Module]] = {"judge": ConvolutionJudge, "second-judge": ResidualJudge}
 
 
 def load_judge(folder: Path, name: str = "judge") -> nn.Module:

@@ -18,7 +18,7 @@ from .training import Schedule, train
 
 SCHEDULES = {
     "judge": Schedule(steps=700, learning_rate=1e-3, ema_decay=0.99),
-    "second-judge": Schedule(steps=1200, learning_rate=8e-4, ema_decay=0.99),
+    "second-judge": Schedule(steps=900, learning_rate=1e-3, ema_decay=0.99),
 }
 BATCH = 64
 STRANGER_SHARE = 0.125  # of a batch: objects outside the world

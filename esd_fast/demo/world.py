@@ -121,6 +121,12 @@ def captions_of(concept: str) -> list[str]:
     raise ValueError(f"concept {concept!r} is not in the embedded model's world ({known})")
 
 
+def named_in(prompt: str) -> str | None:
+    """The object or style that a prompt names ("a cat" names cat), or None."""
+    words = prompt.lower().split()
+    return next((w for w in words if w in OBJECTS or w in STYLES), None)
+
+
 def draw_scene(rng: random.Random) -> Scene:
     """One training scene: the caption form first, then what it leaves open."""
     kind = rng.random()
@@ -152,7 +158,7 @@ def unprompted(rng: random.Random, names: Sequence[str], usual: str) -> str:
 
 def vocabulary() -> list[str]:
     """Every word a caption may hold (each becomes one token)."""
-    words = set(["a", "an", "picture", "of", "in", "style", "on", "background"])
+    words = {"a", "an", "picture", "of", "in", "style", "on", "background"}
     words |= {*OBJECTS, *STYLES, *BACKGROUNDS}
     for _, synonym in OBJECTS.values():
         words |= set(synonym.replace("-", " - ").split())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,27 +36,29 @@ def erased_questions(concept: str, count: int, seed: int = 0) -> list[Question]:
 
 
 def kept_questions(erased: str, count: int, seed: int = 0) -> list[Question]:
-    """`count` pictures of the other concepts in turn, none of whose captions names `erased`.
+    """`count` pictures of other concepts, none of whose captions names `erased`.
 
-    Two of three ask for objects, one for a style.
+    The first ones that qualify of a pool that depends on the seed alone, so that runs which erase
+    different concepts are asked about the same pictures.
     """
-    rng = random.Random(f"kept {erased} {seed}")
-    forms = {
-        c: [f for f in world.captions_of(c) if erased not in f.split()]
-        for c in (*world.OBJECTS, *world.STYLES)
-        if c != erased
-    }
-    objects = shuffled_cycle([c for c in forms if c in world.OBJECTS], rng)
-    styles = shuffled_cycle([c for c in forms if c in world.STYLES], rng)
-    asked = [next(styles) if i % 3 == 2 else next(objects) for i in range(count)]
-    return [ask(rng.choice(forms[c]), c, rng) for c in asked]
+    qualify = (q for q in pool(seed) if erased not in q.shot.prompt.split())
+    return list(itertools.islice(qualify, count))
+
+
+def pool(seed: int) -> Iterator[Question]:
+    """Endless questions: the objects in turn, every third time a style."""
+    rng = random.Random(f"kept {seed}")
+    objects, styles = (shuffled_cycle(list(n), rng) for n in (world.OBJECTS, world.STYLES))
+    for i in itertools.count():
+        concept = next(styles) if i % 3 == 2 else next(objects)
+        yield ask(rng.choice(world.captions_of(concept)), concept, rng)
 
 
 def ask(caption: str, concept: str, rng: random.Random) -> Question:
     return Question(Shot(caption, rng.randrange(2**31)), concept)
 
 
-def shuffled_cycle(names: list[str], rng: random.Random) -> Any:
+def shuffled_cycle(names: list[str], rng: random.Random) -> Iterator[str]:
     while True:
         yield from rng.sample(names, len(names))
 

@@ -1,0 +1,199 @@
+"""Erasure and preservation of the default recipe on the embedded model, as a table.
+
+    python benchmarks/erasure_table.py                # the committed table
+    python benchmarks/erasure_table.py --sweep        # the sweep that chose the default recipe
+
+Every run is one row of a JSON-lines file; runs that are there are skipped, so it can be stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import esd_fast
+from esd_fast.commands.console import keep_pages, quiet_libraries
+from esd_fast.demo import world
+from esd_fast.esd import run
+from esd_fast.evaluation.recognition import (
+    Question,
+    answer,
+    erased_questions,
+    kept_questions,
+)
+from esd_fast.models import load_model
+
+RESULTS = Path(__file__).parent / "results"
+JUDGES = ("judge", "second-judge")
+DRAWING_STEPS = 20
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Pictures a run."""
+
+    erased: int
+    kept: int
+
+
+def table_concepts() -> list[str]:
+    """cat, banana, every eighth object by alphabet, every style but the neutral one."""
+    objects = dict.fromkeys(["cat", "banana", *sorted(world.OBJECTS)[::8]])
+    return [*objects, *(s for s in world.STYLES if s != world.NEUTRAL_STYLE)]
+
+
+def measure(concept: str, seed: int, settings: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
+    """One erasure from a freshly loaded model, judged on pictures that all recipes share."""
+    config = esd_fast.EraseConfig.from_preset(
+        settings.get("preset", "fast"),
+        concept_prompt(concept),
+        seed=seed,
+        **{k: v for k, v in settings.items() if k != "preset"},
+    )
+    model = load_model(None, config)
+    started = time.perf_counter()
+    erasure = run(model, config)
+    seconds = time.perf_counter() - started
+    erased = erased_questions(concept, sizes.erased, seed)
+    kept = kept_questions(concept, sizes.kept, seed)
+    seen = judge_all(model.pipeline, [*erased, *kept])
+    return {
+        "concept": concept,
+        "seed": seed,
+        "settings": settings,
+        "seconds": round(seconds, 2),
+        "unet_passes": erasure.manifest["unet_passes"]["total"],
+        "erased": {j: s[: len(erased)] for j, s in seen.items()},
+        "kept": {j: s[len(erased) :] for j, s in seen.items()},
+    }
+
+
+def measure_base(concepts: list[str], seed: int, sizes: Sizes) -> dict[str, Any]:
+    """The unerased model on the same pictures, each drawn once for all concepts."""
+    model = load_model(None, esd_fast.EraseConfig(concept="nothing"))
+    erased = {c: erased_questions(c, sizes.erased, seed) for c in concepts}
+    kept = {c: kept_questions(c, sizes.kept, seed) for c in concepts}
+    asked = list(dict.fromkeys(q for g in (*erased.values(), *kept.values()) for q in g))
+    seen = judge_all(model.pipeline, asked)
+    place = {q: i for i, q in enumerate(asked)}
+
+    def picked(groups: dict[str, list[Question]]) -> dict[str, dict[str, list[int]]]:
+        return {
+            c: {j: [s[place[q]] for q in group] for j, s in seen.items()}
+            for c, group in groups.items()
+        }
+
+    return {"seed": seed, "settings": "base", "erased": picked(erased), "kept": picked(kept)}
+
+
+def concept_prompt(concept: str) -> str:
+    """A style is erased by the words that ask for it."""
+    return f"{concept} style" if concept in world.STYLES else concept
+
+
+def judge_all(pipeline: Any, questions: list[Question]) -> dict[str, list[int]]:
+    """Per judge: 1 where it sees what the caption asks for. Drawn in bfloat16 where the processor
+    has it (training is not); the same for every contestant."""
+    with torch.autocast("cpu", torch.bfloat16):
+        answers = answer(
+            pipeline, questions, JUDGES, num_inference_steps=DRAWING_STEPS, batch_size=100
+        )
+    return {judge: [int(s) for s in seen] for judge, seen in answers.seen.items()}
+
+
+def run_all(
+    concepts: list[str], seeds: int, settings: list[dict[str, Any]], file: Path, sizes: Sizes
+) -> list[dict[str, Any]]:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    have = {key_of(r.get("concept"), r["seed"], r["settings"]) for r in rows}
+    jobs: list[tuple[str | None, int, Any]] = [(None, s, "base") for s in range(seeds)]
+    jobs += [(c, s, x) for x in settings for c in concepts for s in range(seeds)]
+    for concept, seed, chosen in tqdm(jobs, desc="runs"):
+        if key_of(concept, seed, chosen) in have:
+            continue
+        row = (
+            measure_base(concepts, seed, sizes)
+            if concept is None
+            else measure(concept, seed, chosen, sizes)
+        )
+        with file.open("a") as opened:
+            opened.write(json.dumps(row) + "\n")
+        rows.append(row)
+    return rows
+
+
+def key_of(concept: str | None, seed: int, settings: Any) -> str:
+    return json.dumps([concept, seed, settings], sort_keys=True)
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """A line a concept over its seeds; kept relative to the base on the same pictures."""
+    base = {r["seed"]: r for r in rows if r["settings"] == "base"}
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["settings"] != "base":
+            groups.setdefault(row["concept"], []).append(row)
+    lines = [
+        "| erased | before | after | kept, of base | second judge: after | kept | seconds | passes |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    everything = [r for g in groups.values() for r in g]
+    lines += [line_of(n, g, base) for n, g in [*groups.items(), ("**all**", everything)]]
+    return "\n".join(lines)
+
+
+def line_of(name: str, group: list[dict[str, Any]], base: dict[int, dict[str, Any]]) -> str:
+    def rate(judge: str, kind: str, was: bool = False) -> float:
+        parts = [base[r["seed"]][kind][r["concept"]] if was else r[kind] for r in group]
+        return float(np.mean(np.concatenate([p[judge] for p in parts])))
+
+    shown = [f"{rate('judge', 'erased', was=True):.1%}"]
+    for judge in JUDGES:
+        kept = rate(judge, "kept") / rate(judge, "kept", was=True)
+        shown += [f"{rate(judge, 'erased'):.1%}", f"{kept:.1%}"]
+    shown.append(f"{np.median([r['seconds'] for r in group]):.1f}")
+    shown.append(f"{np.median([r['unet_passes'] for r in group]):.0f}")
+    return f"| {name} | " + " | ".join(shown) + " |"
+
+
+SWEEP_CONCEPTS = ["cat", "tulip", "ink", "flat"]
+SWEEP: list[dict[str, Any]] = [
+    {"train_method": method, "learning_rate": rate}
+    for method in ("esd-x", "esd-x-strict")
+    for rate in (1e-4, 3e-4, 1e-3)
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--concepts", nargs="*")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--kept", type=int, default=400, help="pictures of kept concepts a run")
+    parser.add_argument("--erased", type=int, default=64, help="pictures of the erased one a run")
+    parser.add_argument("--settings", type=json.loads, action="append", help="EraseConfig as JSON")
+    parser.add_argument("--file", type=Path)
+    arguments = parser.parse_args()
+    keep_pages()
+    quiet_libraries()
+    concepts = arguments.concepts or (SWEEP_CONCEPTS if arguments.sweep else table_concepts())
+    settings = arguments.settings or (SWEEP if arguments.sweep else [{}])
+    file = arguments.file or RESULTS / ("sweep.jsonl" if arguments.sweep else "erasure_table.jsonl")
+    sizes = Sizes(arguments.erased, arguments.kept)
+    rows = run_all(concepts, arguments.seeds, settings, file, sizes)
+    for chosen in settings:
+        print(json.dumps(chosen))
+        print(summary([r for r in rows if r["settings"] in ("base", chosen)]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""The command line. Only argparse is imported here: --help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from . import __version__
+from .config import CHOICES, PRESETS
+from .parameters import METHODS
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments) or 0)
+    except KeyboardInterrupt:
+        print("\nesd-fast: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if arguments.debug:
+            raise
+        print(f"esd-fast: {one_line(error)}", file=sys.stderr)
+        return 2 if isinstance(error, (ValueError, FileNotFoundError, FileExistsError)) else 1
+
+
+def one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    known = isinstance(error, (ValueError, OSError, RuntimeError))
+    return text if text and known else f"{type(error).__name__}: {text}"
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="esd-fast", description="Erase a concept from a diffusion model (ESD), fast."
+    )
+    top.add_argument("--version", action="version", version=f"esd-fast {__version__}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    add_train(commands)
+    add_generate(commands)
+    add_info(commands)
+    for command in commands.choices.values():
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return top
+
+
+def add_train(commands: Any) -> None:
+    train = commands.add_parser(
+        "train",
+        help="erase a concept",
+        description="Erase a concept and write the delta, pictures and a report to a folder. "
+        "Without --model the embedded emoji model is used.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="methods:\n" + "\n".join(f"  {n:<14} {text}" for n, text in METHODS.items()),
+    )
+    train.set_defaults(run=run_train)
+    say = train.add_argument
+    say("--concept", required=True, help='what to erase, such as "cat" or "Van Gogh"')
+    say("--erase-from", metavar="PROMPT", help="erase the concept from this wider prompt only")
+    say("--model", metavar="MODEL", help="a diffusers folder or hub id (default: embedded)")
+    say("--output", metavar="FOLDER", help="where results go (default: erased-CONCEPT)")
+    say("--overwrite", action="store_true", help="replace the results of an earlier run there")
+    say("--preset", choices=list(PRESETS), default="fast", help="recipe (default: fast)")
+    say("--method", dest="train_method", metavar="METHOD", help="which weights train, see below")
+    say("--iterations", type=int, metavar="N", help="optimizer steps")
+    say("--batch-size", type=int, metavar="N", help="samples an optimizer step")
+    say("--learning-rate", "--lr", type=float, metavar="X", help="of Adam")
+    say("--negative-guidance", type=float, metavar="X", help="how far to push from the concept")
+    say("--anchor", choices=CHOICES["anchor"], help="what the target starts from")
+    say("--guidance-scale", type=float, metavar="X", help="of the rollout")
+    say("--num-inference-steps", type=int, metavar="N", help="scheduler steps of a trajectory")
+    say("--collect-batch-size", type=int, metavar="N", help="trajectories side by side")
+    say("--resolution", type=int, metavar="PIXELS", help="default: the model's own")
+    say("--seed", type=int, metavar="N", help="default: 0")
+    say("--dtype", choices=CHOICES["dtype"], help="of the frozen weights")
+    say("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: the best there)")
+    say(
+        "--keep-prompt", action="append", metavar="PROMPT", help="a row of the pictures; repeatable"
+    )
+    say("--pictures", type=int, metavar="N", help="columns of the before/after grid; 0: none")
+
+
+def add_generate(commands: Any) -> None:
+    generate = commands.add_parser("generate", help="draw pictures, before and after an erasure")
+    generate.set_defaults(run=run_generate)
+    say = generate.add_argument
+    say("--prompt", action="append", required=True, help="repeatable")
+    say("--erasure", metavar="PATH", help="a delta file or the folder of a run: drawn beside")
+    say("--model", metavar="MODEL", help="a diffusers folder or hub id (default: embedded)")
+    say("--output", metavar="FOLDER", default="pictures", help="default: pictures")
+    say("--images", type=int, default=4, metavar="N", help="pictures a prompt (default: 4)")
+    say("--seed", type=int, default=0, metavar="N", help="of the first picture (default: 0)")
+    say("--num-inference-steps", type=int, default=25, metavar="N", help="default: 25")
+    say("--guidance-scale", type=float, metavar="X", help="default: 4 (embedded), else 7.5")
+    say("--resolution", type=int, metavar="PIXELS", help="default: the model's own")
+    say("--strength", type=float, default=1.0, metavar="X", help="of the erasure (default: 1)")
+    say("--dtype", choices=CHOICES["dtype"], default="auto")
+    say("--device", default="auto", metavar="DEVICE")
+
+
+def add_info(commands: Any) -> None:
+    info = commands.add_parser("info", help="what an erasure is, what a model is, what runs here")
+    info.set_defaults(run=run_info)
+    info.add_argument("path", nargs="?", help="a delta file, the folder of a run, or a model")
+    info.add_argument("--json", action="store_true", help="as JSON")
+
+
+def run_train(arguments: argparse.Namespace) -> int:
+    from .commands.train import train
+
+    return train(arguments)
+
+
+def run_generate(arguments: argparse.Namespace) -> int:
+    from .commands.generate import generate
+
+    return generate(arguments)
+
+
+def run_info(arguments: argparse.Namespace) -> int:
+    from .commands.info import info
+
+    return info(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""What commands show while they work, and settings of the process that are theirs to make."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from tqdm import tqdm
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+
+
+def keep_pages() -> None:
+    """Make glibc keep large blocks: by default each is mapped and unmapped anew, and on virtual
+    machines the page faults can cost more than the arithmetic. Elsewhere nothing happens."""
+    if sys.platform == "linux":
+        try:
+            mallopt = ctypes.CDLL(None).mallopt
+        except (OSError, AttributeError):  # another C library
+            return
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def quiet_libraries() -> None:
+    """One progress bar at a time, ours."""
+    import warnings
+
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
+
+
+class Bars:
+    """One bar a phase, with loss and the time left."""
+
+    def __init__(self) -> None:
+        self.bar: tqdm[Any] | None = None
+        self.phase = ""
+
+    def show(self, phase: str, done: int, total: int, loss: float | None = None) -> None:
+        if phase != self.phase:
+            self.close()
+            self.phase, self.bar = phase, tqdm(total=total, desc=f"{phase:<12}", unit=UNITS[phase])
+        assert self.bar is not None
+        if loss is not None:
+            self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        self.bar.update(done - self.bar.n)
+
+    def drawing(self, phase: str) -> Callable[[int, int], None]:
+        return lambda done, total: self.show(phase, done, total)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        self.phase, self.bar = "", None
+
+
+UNITS = {
+    "draw before": "picture",
+    "collect": "pass",
+    "fit": "step",
+    "draw after": "picture",
+    "draw": "picture",
+}
+
+
+def peak_memory_bytes(device: Any) -> int:
+    """CUDA: the allocator's peak. Elsewhere: the process's resident peak."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    kilobyte = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte

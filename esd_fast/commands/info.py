@@ -1,0 +1,92 @@
+"""`esd-fast info`: what an erasure is, what a model is, what runs here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from .console import quiet_libraries
+
+
+def info(arguments: argparse.Namespace) -> int:
+    quiet_libraries()
+    found = about(arguments.path)
+    print(json.dumps(found, indent=1) if arguments.json else as_text(found))
+    return 0
+
+
+def about(path: str | None) -> dict[str, Any]:
+    if path is None:
+        return about_machine()
+    if (Path(path) / "model_index.json").exists():
+        return about_model(path)
+    from esd_fast.erasure import load
+
+    erasure = load(path)
+    weights = sum(t.numel() for t in erasure.tensors.values())
+    told = {k: v for k, v in erasure.manifest.items() if k != "losses"}
+    return {**told, "tensors": len(erasure.tensors), "weights": weights}
+
+
+def about_machine() -> dict[str, Any]:
+    import torch
+
+    from esd_fast import ops
+    from esd_fast.config import PRESETS
+    from esd_fast.erasure import versions
+    from esd_fast.models import resolve_device, resolve_dtype
+    from esd_fast.parameters import METHODS
+
+    device = resolve_device("auto")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return {
+        "device": f"{device} ({name})",
+        "dtype": str(resolve_dtype("auto", device)).removeprefix("torch."),
+        "paths": ops.paths(device),
+        "versions": versions(),
+        "presets": {n: values or "the defaults" for n, values in PRESETS.items()},
+        "methods": METHODS,
+    }
+
+
+def about_model(path: str) -> dict[str, Any]:
+    """Family and the size of each train method, from the configuration alone."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from esd_fast.models import check_source, described, family_of
+    from esd_fast.parameters import METHODS, trainable_names
+
+    check_source(path)
+    pipeline_class, config = described(path)
+    family = family_of(pipeline_class, config)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+    sizes = {n: p.numel() for n, p in unet.named_parameters()}
+    methods = {}
+    for method in METHODS:
+        try:
+            names = trainable_names(unet, method, family.name)
+        except ValueError:
+            methods[method] = "nothing to train in this UNet"
+            continue
+        methods[method] = f"{sum(sizes[n] for n in names):,} weights in {len(names)} tensors"
+    return {
+        "model": path,
+        "family": family.name,
+        "pipeline": pipeline_class,
+        "unet_weights": f"{sum(sizes.values()):,}",
+        "methods": methods,
+    }
+
+
+def as_text(value: dict[str, Any], indent: str = "") -> str:
+    lines = []
+    for key, item in value.items():
+        if isinstance(item, dict):
+            lines += [f"{indent}{key}:", as_text(item, indent + "  ")]
+        else:
+            lines.append(f"{indent}{key}: {item}")
+    return "\n".join(lines)

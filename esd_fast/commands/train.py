@@ -1,0 +1,175 @@
+"""`esd-fast train`: load, draw, erase, save, draw again, report."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from esd_fast.config import EraseConfig
+from esd_fast.prompts import safe_name
+
+from .console import Bars, keep_pages, peak_memory_bytes, quiet_libraries
+
+if TYPE_CHECKING:
+    from esd_fast.erasure import Erasure
+    from esd_fast.models import Model
+
+COLUMNS_EMBEDDED, COLUMNS_GPU = 6, 3
+KEEP_PROMPTS = ("a photo of a dog", "a house by a lake", "a portrait of a woman")
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """Exit code 0; 130 after Ctrl-C, with the work so far saved."""
+    started = process_start()
+    config = config_of(arguments)
+    folder = output_folder(arguments.output, config, arguments.overwrite)
+    keep_pages()
+    bars = Bars()
+    quiet_libraries()
+    from esd_fast.esd import EraseInterrupted, run
+    from esd_fast.evaluation.proof import proof_for
+    from esd_fast.models import load_model
+
+    model = load_model(arguments.model, config)
+    loaded = time.time() - started
+    columns = columns_of(arguments.pictures, model)
+    proof = proof_for(model, config, columns, arguments.keep_prompt or KEEP_PROMPTS)
+    before = proof.draw(model.pipeline, bars.drawing("draw before"))
+    drawn = time.time() - started
+    interrupted = False
+    try:
+        erasure = run(
+            model, config, on_progress=lambda p: bars.show(p.phase, p.done, p.total, p.loss)
+        )
+    except EraseInterrupted as interruption:
+        erasure, interrupted = interruption.erasure, True
+    finally:
+        bars.close()
+    save(erasure, folder)
+    if interrupted:
+        done = len(erasure.manifest["losses"])
+        print(f"interrupted after {done} of {config.iterations} steps; saved in {folder}")
+        return 130
+    trained = time.time() - started
+    after = proof.draw(model.pipeline, bars.drawing("draw after"))
+    bars.close()
+    report = report_of(erasure, model)
+    report["seconds"] |= {"load": loaded, "draw_before": drawn - loaded}
+    report["seconds"]["draw_after"] = time.time() - started - trained
+    report |= proof.results(before, after)
+    write_pictures(folder, proof.rows(before, after), config.concept, erasure.manifest["losses"])
+    report["seconds"]["total"] = time.time() - started
+    from esd_fast.evaluation.report import write_report
+
+    page = write_report(folder, report)
+    print(summary(report, page))
+    return 0
+
+
+def process_start() -> float:
+    """When this process began: what a person waits for includes the imports."""
+    import os
+
+    try:
+        ticks = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+    except OSError:
+        return time.time()
+    return time.time() - (uptime - ticks / os.sysconf("SC_CLK_TCK"))
+
+
+def config_of(arguments: argparse.Namespace) -> EraseConfig:
+    """Every field of EraseConfig that the command line gives."""
+    names = {f.name for f in dataclasses.fields(EraseConfig)} - {"concept", "preset"}
+    given = {n: getattr(arguments, n) for n in names if hasattr(arguments, n)}
+    return EraseConfig.from_preset(arguments.preset, arguments.concept, **given)
+
+
+def output_folder(output: str | None, config: EraseConfig, overwrite: bool) -> Path:
+    """Made, and shown to be writable, before any training. Earlier results are not replaced."""
+    if output is None:
+        name = f"erased-{safe_name(config.concept)}"
+        folder, number = Path(name), 1
+        while holds_results(folder) and not overwrite:
+            number += 1
+            folder = Path(f"{name}-{number}")
+    else:
+        folder = Path(output)
+        if holds_results(folder) and not overwrite:
+            raise FileExistsError(f"{folder} holds the results of a run; --overwrite replaces them")
+    folder.mkdir(parents=True, exist_ok=True)
+    trial = folder / ".esd-fast-writable"
+    trial.write_text("")
+    trial.unlink()
+    return folder
+
+
+def holds_results(folder: Path) -> bool:
+    return any(folder.glob("esd-*.safetensors"))
+
+
+def columns_of(asked: int | None, model: Model) -> int:
+    if asked is not None:
+        if asked < 0:
+            raise ValueError(f"--pictures is {asked}; it must be 0 or more")
+        return asked
+    if model.source == "embedded":
+        return COLUMNS_EMBEDDED
+    if model.unet.device.type == "cpu":
+        print("no pictures on the CPU unless asked for: --pictures 2 draws them", file=sys.stderr)
+        return 0
+    return COLUMNS_GPU
+
+
+def save(erasure: Erasure, folder: Path) -> None:
+    """The delta first; older deltas of an overwritten run go once the new one is there."""
+    kept = erasure.save(folder)
+    for old in folder.glob("esd-*.safetensors"):
+        if old != kept:
+            old.unlink()
+    temporary = folder / "manifest.json.part"
+    temporary.write_text(json.dumps(erasure.manifest, indent=1))
+    temporary.replace(folder / "manifest.json")
+
+
+def report_of(erasure: Erasure, model: Model) -> dict[str, Any]:
+    manifest = erasure.manifest
+    losses: Sequence[float] = manifest["losses"]
+    return {
+        **{k: v for k, v in manifest.items() if k != "losses"},
+        "seconds": {"collect": manifest["seconds"]["collect"], "fit": manifest["seconds"]["fit"]},
+        "losses": {"first": losses[0], "last": losses[-1], "steps": len(losses)},
+        "peak_memory_bytes": peak_memory_bytes(model.unet.device),
+        "weights": erasure.moves(model.unet),
+    }
+
+
+def write_pictures(folder: Path, rows: Any, concept: str, losses: Sequence[float]) -> None:
+    from esd_fast.evaluation.pictures import before_after_grid, loss_curve, save_png
+
+    if rows:
+        save_png(before_after_grid(rows), folder / "before_after.png", {"concept": concept})
+    save_png(loss_curve(losses, "loss"), folder / "loss.png", {"concept": concept})
+
+
+def summary(report: dict[str, Any], page: Path) -> str:
+    seconds, passes = report["seconds"], report["unet_passes"]["total"]
+    lines = [
+        f'"{report["concept"]}" erased: {passes} UNet passes, '
+        f"collect {seconds['collect']:.1f} s, fit {seconds['fit']:.1f} s, "
+        f"all in all {seconds['total']:.0f} s"
+    ]
+    for kind in ("erased", "kept"):
+        if kind in report:
+            rate = report[kind]
+            lines.append(
+                f"  {kind:<6} concepts recognised in {rate['before']:.0%} of pictures before, "
+                f"{rate['after']:.0%} after ({rate['images']} each)"
+            )
+    return "\n".join([*lines, f"  report: {page}"])
