@@ -152,6 +152,11 @@ def cuda_usages() -> list[Usage]:
             if done.returncode:
                 raise RuntimeError(f"nvcc {source.name}:\n{done.stderr}")
             report += done.stderr
+    return read_ptxas(report)
+
+
+def read_ptxas(report: str) -> list[Usage]:
+    """`ptxas -v`: a line with the name, one with the stack and spills, one with registers and shared memory."""
     usages, name, arch, local = [], "", 0, 0
     for line in report.splitlines():
         if found := re.search(r"Compiling entry function '(\w+)' for 'sm_(\d+)'", line):

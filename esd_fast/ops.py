@@ -103,7 +103,7 @@ class OpPath:
 
 @dataclass(frozen=True)
 class _Op:
-    torch: Implementation
+    plain: Implementation  # in torch
     native_cpu: Implementation
     native_cuda: Implementation
     triton: Implementation
@@ -114,7 +114,7 @@ def _implementation(op: str, way: str, device: torch.device) -> tuple[str, Imple
     """(its full name, the function, why it cannot be used)"""
     entry = _OPS[op]
     if way == "torch":
-        return "torch", entry.torch, ""
+        return "torch", entry.plain, ""
     if way == "triton":
         return "triton", entry.triton, _why_no_triton(device)
     why = _why_no_native(device)
@@ -128,7 +128,7 @@ def _why_wrong(op: str, run: Implementation, device: torch.device) -> str:
     example = _OPS[op].example(device)
     try:
         results = run(*example)
-        expected = _OPS[op].torch(*example)
+        expected = _OPS[op].plain(*example)
         right = all(
             torch.allclose(x.float(), y.float(), rtol=1e-4, atol=1e-5)
             for x, y in zip(results, expected, strict=True)
@@ -158,7 +158,7 @@ def path_of(op: str, device: torch.device | str = "cpu") -> OpPath:
     if op not in _OPS:
         raise ValueError(f"op={op!r}: use one of {', '.join(_OPS)}")
     device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
+    if device == torch.device("cuda"):  # the current one
         device = torch.device("cuda", torch.cuda.current_device())
     return _choose(op, device, _FORCED)
 
@@ -339,9 +339,9 @@ def _guidance_loss_backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Te
         raise RuntimeError("guidance_loss has no second derivative: do without create_graph=True")
     (gradient,) = ctx.saved_tensors
     factor = grad_loss / ctx.gradient_scale
-    if gradient.dtype == torch.float32:
+    if gradient.dtype == torch.float32 or gradient.device.type == "cpu":
         return gradient * factor, *(None,) * 6
-    # Not gradient * factor: on CUDA that would round the factor to the gradient's dtype first.
+    # On a GPU the product would round the factor to the gradient's dtype first.
     return (gradient.float() * factor).to(gradient.dtype), *(None,) * 6
 
 
@@ -387,13 +387,12 @@ def _guidance_loss_native_cpu(*args: Any) -> tuple[Tensor, ...]:
     return results
 
 
-def _guidance_loss_native_cuda(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *teachers, negative_guidance, weight, gradient_scale = args
-    if len({x.dtype for x in teachers}) > 1:  # compiled for one dtype of the three
-        teachers = [x.float() for x in teachers]
-    results, arguments = _guidance_loss_pointers(
-        student, *teachers, negative_guidance, weight, gradient_scale
-    )
+def _guidance_loss_native_cuda(
+    student: Tensor, anchor: Tensor, concept: Tensor, null: Tensor, *others: Any
+) -> tuple[Tensor, ...]:
+    if not anchor.dtype == concept.dtype == null.dtype:  # compiled for one dtype of the three
+        anchor, concept, null = anchor.float(), concept.float(), null.float()
+    results, arguments = _guidance_loss_pointers(student, anchor, concept, null, *others)
     batch = student.shape[0]
     scratch = torch.empty(
         _native().guidance_loss_scratch(batch, student.numel() // batch),
@@ -413,7 +412,7 @@ def _guidance_loss_example(device: torch.device) -> tuple[Any, ...]:
 
 _OPS = {
     "guidance_loss": _Op(
-        torch=_guidance_loss_torch,
+        plain=_guidance_loss_torch,
         native_cpu=_guidance_loss_native_cpu,
         native_cuda=_guidance_loss_native_cuda,
         triton=_guidance_loss_triton,

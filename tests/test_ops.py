@@ -232,6 +232,13 @@ def test_opcheck(dtype, requires_grad, guidance_arguments):
     torch.library.opcheck(torch.ops.esd_fast.guidance_loss.default, arguments)
 
 
+def test_traced_whole_by_torch_compile(guidance_arguments, guidance_results):
+    compiled = torch.compile(guidance_loss, backend="aot_eager", fullgraph=True)
+    expected = guidance_results(guidance_loss, guidance_arguments())
+    for x, y in zip(guidance_results(compiled, guidance_arguments()), expected, strict=True):
+        assert torch.equal(x, y)
+
+
 def test_meta_tensors(guidance_arguments):
     arguments = [x.to("meta") for x in guidance_arguments()]
     loss, per_sample = guidance_loss(*arguments)
