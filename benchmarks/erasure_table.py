@@ -33,7 +33,7 @@ from esd_fast.models import load_model
 
 RESULTS = Path(__file__).parent / "results"
 JUDGES = ("judge", "second-judge")
-DRAWING_STEPS = 20
+DRAWING_STEPS = 15
 
 
 @dataclass(frozen=True)
@@ -167,9 +167,18 @@ def line_of(name: str, group: list[dict[str, Any]], base: dict[int, dict[str, An
 
 SWEEP_CONCEPTS = ["cat", "tulip", "ink", "flat"]
 SWEEP: list[dict[str, Any]] = [
-    {"train_method": method, "learning_rate": rate}
-    for method in ("esd-x", "esd-x-strict")
-    for rate in (1e-4, 3e-4, 1e-3)
+    {"train_method": "esd-x", "learning_rate": rate, **first}
+    for first in ({"num_inference_steps": 50, "guidance_scale": 3.0, "negative_guidance": 2.0},)
+    for rate in (3e-4, 1e-3)
+] + [
+    {
+        "train_method": "esd-x-strict",
+        "learning_rate": 1e-3,
+        "num_inference_steps": steps,
+        "guidance_scale": scale,
+        "negative_guidance": push,
+    }
+    for steps, scale, push in ((50, 3.0, 2.0), (50, 3.0, 4.0), (20, 3.0, 2.0), (20, 1.0, 4.0))
 ]
 
 

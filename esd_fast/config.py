@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from .demo import RECIPE, is_embedded
 from .parameters import check_method
 from .prompts import clean_prompt
 
@@ -63,8 +64,14 @@ class EraseConfig:
     """"cuda", "cuda:1", "mps", "cpu"; "auto" keeps a live pipeline's own, else the best there."""
 
     @classmethod
-    def from_preset(cls, preset: str, concept: str, **overrides: Any) -> EraseConfig:
-        """The recipe `preset` for `concept`; overrides that are None keep the recipe's value."""
+    def from_preset(
+        cls, preset: str, concept: str, model: Any = None, **overrides: Any
+    ) -> EraseConfig:
+        """The recipe `preset` for `concept`; overrides that are None keep the recipe's value.
+
+        `model` (as `erase` takes it; nothing is loaded) matters to `fast` alone, whose values
+        the embedded model has its own of.
+        """
         if preset not in PRESETS:
             raise ValueError(f"preset {preset!r} is unknown; there are {', '.join(PRESETS)}")
         names = {field.name for field in dataclasses.fields(cls)}
@@ -72,7 +79,8 @@ class EraseConfig:
             if name not in names:
                 raise ValueError(f"{name!r} is no setting; there are {', '.join(sorted(names))}")
         given = {k: v for k, v in overrides.items() if v is not None}
-        return cls(concept=concept, preset=preset, **{**PRESETS[preset], **given})
+        own = RECIPE if preset == "fast" and is_embedded(model) else {}
+        return cls(concept=concept, preset=preset, **{**PRESETS[preset], **own, **given})
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "concept", clean_prompt("concept", self.concept))
@@ -117,7 +125,7 @@ class EraseConfig:
 # The names of the field's recipes (where each number is from: the ESD paper and its scripts).
 PRESETS: dict[str, dict[str, Any]] = {
     # every state of a few full trajectories, each used once
-    "fast": {},
+    "fast": {},  # the defaults; the embedded model has values of its own (demo.RECIPE)
     # the frozen-rollout script of 2025/26: a fresh rollout for every optimizer step
     "reference": {
         "iterations": 200,

@@ -104,6 +104,7 @@ class Erasure:
         temporary = target.with_name(target.name + ".part")
         try:
             save_file(self.tensors, temporary, metadata=self.metadata())
+            temporary.chmod(0o666 & ~current_umask())  # safetensors writes for the owner alone
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
@@ -186,6 +187,12 @@ def manifest_from(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
         "method": metadata.get("train_method", "unknown"),
         "model": metadata.get("base_model_id", "unknown"),
     }
+
+
+def current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def unet_of(model: Any) -> Any:

@@ -53,7 +53,7 @@ def erase(
     loaded, EraseInterrupted on Ctrl-C in training, NonFiniteLoss where training went wrong; in
     the last two the model is as it was.
     """
-    config = EraseConfig.from_preset(preset, concept, **settings)
+    config = EraseConfig.from_preset(preset, concept, model, **settings)
     return run(load_model(model, config), config, on_progress=on_progress, on_step=on_step)
 
 

@@ -88,7 +88,7 @@ def config_of(arguments: argparse.Namespace) -> EraseConfig:
     """Every field of EraseConfig that the command line gives."""
     names = {f.name for f in dataclasses.fields(EraseConfig)} - {"concept", "preset"}
     given = {n: getattr(arguments, n) for n in names if hasattr(arguments, n)}
-    return EraseConfig.from_preset(arguments.preset, arguments.concept, **given)
+    return EraseConfig.from_preset(arguments.preset, arguments.concept, arguments.model, **given)
 
 
 def output_folder(output: str | None, config: EraseConfig, overwrite: bool) -> Path:

@@ -3,8 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+# The preset `fast` on this model, chosen by `benchmarks/erasure_table.py --sweep`: a model this
+# small needs, and bears, a larger learning rate than Stable Diffusion does.
+RECIPE: dict[str, Any] = {
+    "train_method": "esd-x-strict",
+    "learning_rate": 1e-3,
+    "negative_guidance": 4.0,
+    "guidance_scale": 1.0,
+    "num_inference_steps": 20,
+}
 
 
 def model_path() -> Path:
     """The folder that StableDiffusionPipeline.from_pretrained loads; it holds the judges too."""
     return Path(__file__).parent / "model"
+
+
+def is_embedded(model: Any) -> bool:
+    """Whether `model` (None, a path, a live pipeline) is the embedded one."""
+    if model is None:
+        return True
+    config = getattr(model, "config", {})
+    source = config.get("_name_or_path") if hasattr(config, "get") else None
+    path = model if isinstance(model, (str, Path)) else source
+    return path is not None and Path(str(path)) == model_path()

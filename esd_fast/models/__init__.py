@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from esd_fast.demo import is_embedded, model_path
+
 from .base import Conditioning, Family, Model, PromptSet
 from .sd import StableDiffusion
 
@@ -28,10 +30,8 @@ def load_model(model: Any, config: EraseConfig) -> Model:
     if hasattr(model, "unet") and hasattr(model, "scheduler"):
         check_live(model, config)
         family = family_of(type(model).__name__, dict(model.unet.config))
-        return Model(family, model, str(getattr(model, "name_or_path", "") or "pipeline"), True)
+        return Model(family, model, source_of(model), True)
     if model is None:
-        from ..demo import model_path
-
         source = str(model_path())
     elif isinstance(model, (str, Path)):
         source = str(model)
@@ -46,7 +46,12 @@ def load_model(model: Any, config: EraseConfig) -> Model:
     pipeline = family.load(source, resolve_dtype(config.dtype, device))
     pipeline.set_progress_bar_config(disable=True)
     pipeline.unet.to(device)  # the VAE stays behind: no picture is decoded in training
-    return Model(family, pipeline, "embedded" if model is None else source, False)
+    return Model(family, pipeline, source_of(pipeline), False)
+
+
+def source_of(pipeline: Any) -> str:
+    """Where a pipeline came from, for the manifest."""
+    return "embedded" if is_embedded(pipeline) else str(pipeline.config.get("_name_or_path"))
 
 
 def family_of(pipeline_class: str, unet_config: dict[str, Any]) -> Family:
