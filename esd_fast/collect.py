@@ -35,15 +35,16 @@ class TeacherSamples:
         return self.map(lambda tensor: tensor[index])
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> TeacherSamples:
-        values = (getattr(self, f.name) for f in fields(self))
-        return TeacherSamples(*(None if v is None else change(v) for v in values))
+        values: list[Any] = [getattr(self, f.name) for f in fields(self)]
+        return TeacherSamples(*(None if v is None else change(v) for v in values))  # type: ignore[arg-type]
 
     @staticmethod
     def join(
         parts: list[TeacherSamples], how: Callable[[list[torch.Tensor]], torch.Tensor] = torch.cat
     ) -> TeacherSamples:
         columns = zip(*([getattr(p, f.name) for f in fields(p)] for p in parts), strict=True)
-        return TeacherSamples(*(None if c[0] is None else how(list(c)) for c in columns))
+        joined: list[Any] = [None if c[0] is None else how(list(c)) for c in columns]
+        return TeacherSamples(*joined)
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Teacher:
     def model_input(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """What the UNet is given: scaled (Euler and its kin), in its dtype."""
         dtype = next(self.unet.parameters()).dtype
-        return self.scheduler.scale_model_input(latents, timestep).to(dtype)  # type: ignore[no-any-return]
+        return self.scheduler.scale_model_input(latents, timestep).to(dtype)
 
     def guided_step(
         self, latents: torch.Tensor, timestep: torch.Tensor, predictions: dict[str, torch.Tensor]
@@ -92,7 +93,7 @@ class Teacher:
         scheduler's own half-precision run is percents off."""
         null, rolled = predictions["null"].float(), predictions[self.rolled].float()
         guided = null + self.guidance_scale * (rolled - null)
-        return self.scheduler.step(guided, timestep, latents, return_dict=False)[0]  # type: ignore[no-any-return]
+        return self.scheduler.step(guided, timestep, latents, return_dict=False)[0]
 
 
 def predict_noise(
@@ -102,7 +103,7 @@ def predict_noise(
     conditioning: Conditioning,
 ) -> torch.Tensor:
     """The UNet's raw prediction, noise or velocity (B, C, h, w); timesteps () or (B,)."""
-    return unet(  # type: ignore[no-any-return]
+    return unet(
         latents,
         timesteps,
         encoder_hidden_states=conditioning.encoder_hidden_states,

@@ -100,8 +100,14 @@ class EraseConfig:
             check_count("resolution", self.resolution)
             if self.resolution % 8:
                 refuse("resolution", self.resolution, "a multiple of 8, such as 512")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             refuse("seed", self.seed, "a whole number from 0")
+        if not 0 <= self.seed < 2**63:
+            refuse("seed", self.seed, "from 0 and below 2**63")
+        if not isinstance(self.device, str):
+            refuse("device", self.device, "a text: 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'")
+        if self.preset not in PRESETS:
+            refuse("preset", self.preset, " or ".join(repr(p) for p in PRESETS))
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 refuse(name, getattr(self, name), " or ".join(repr(a) for a in allowed))

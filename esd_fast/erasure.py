@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import weakref
@@ -59,6 +60,8 @@ class Erasure:
         """
         import torch
 
+        if not math.isfinite(strength):
+            raise ValueError(f"strength is {strength!r}; it must be finite: 0 original, 1 erased")
         unet = unet_of(model)
         parameters = dict(unet.named_parameters())
         check_match(self.tensors, parameters)
@@ -103,7 +106,8 @@ class Erasure:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(target.name + ".part")
         try:
-            save_file(self.tensors, temporary, metadata=self.metadata())
+            tensors = {n: t.contiguous() for n, t in self.tensors.items()}
+            save_file(tensors, temporary, metadata=self.metadata())
             temporary.chmod(0o666 & ~current_umask())  # safetensors writes for the owner alone
             temporary.replace(target)
         finally:

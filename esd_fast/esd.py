@@ -189,7 +189,7 @@ def finish(
     """The result, with a manifest that says how it came about."""
     from . import ops
 
-    device = str(model.unet.device)
+    device = str(model.device)
     manifest = {
         "concept": config.concept,
         "erase_from": config.erase_from,
@@ -208,7 +208,7 @@ def finish(
         "unet_passes": {**meter.passes, "total": sum(meter.passes.values())},
         "paths_taken": {
             "device": device,
-            "dtype": f"{str(model.unet.dtype).removeprefix('torch.')}, trainables float32",
+            "dtype": f"{str(model.dtype).removeprefix('torch.')}, trainables float32",
             "attention": attention_path(model.unet),
             "cuda_graphs": "no: not built yet",
             **ops.paths(device),

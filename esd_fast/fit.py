@@ -79,4 +79,5 @@ class Fitter:
 
 def shuffled(count: int, seed: int) -> torch.Tensor:
     """A fixed order of `count` samples."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randperm(count, generator=generator, device=torch.device("cpu"))

@@ -33,18 +33,28 @@ METHODS = {
     "ldm-selflayer": "the paper's script: self-attention of input blocks 4 and 7",
 }
 
+# words of the module names of diffusers' UNets, for telling a misspelt method from an expression
+MODULE_NAMES = (
+    *("conv_in", "conv_out", "time_embedding", "add_embedding", "class_embedding", "linear_1"),
+    *("linear_2", "down_blocks", "mid_block", "up_blocks", "attentions", "transformer_blocks"),
+    *("attn1", "attn2", "to_q", "to_k", "to_v", "to_out", "proj_in", "proj_out", "resnets"),
+    *("conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers", "upsamplers"),
+    *("encoder_hid_proj", "proj"),
+)
+
 
 def canonical_method(method: str) -> str:
     return ALIASES.get(method, method)
 
 
 def check_method(method: object) -> None:
-    """A known name, an alias, or a regular expression (which never looks like a plain name)."""
+    """A known name, an alias, or a regular expression. A plain word that is in no module's name
+    is a misspelt method, and found out here, before anything is loaded."""
     if not isinstance(method, str) or not method.strip():
         raise ValueError(f"train_method is {method!r}; it must be one of {', '.join(METHODS)}")
     if canonical_method(method) in METHODS:
         return
-    if re.fullmatch(r"[\w-]+", method) and not re.search(r"attn|block|mid|conv|time|to_", method):
+    if re.fullmatch(r"[\w-]+", method) and not any(method in name for name in MODULE_NAMES):
         known = ", ".join([*METHODS, *ALIASES])
         raise ValueError(
             f"train_method is {method!r}; it must be one of {known}, "
@@ -64,18 +74,17 @@ def trainable_names(unet: torch.nn.Module, method: str, family: str = "sd") -> l
     from torch import nn
 
     method = canonical_method(method)
-    if method.startswith("ldm-") and method in METHODS:
-        rule = LDM_RULES[method]
-        names = [n for n, _ in unet.named_parameters() if rule(n)]
+    if method in LDM_RULES:
+        names = [n for n, _ in unet.named_parameters() if LDM_RULES[method](n)]
     else:
-        rule = ESD_RULES[method] if method in ESD_RULES else re.compile(method).search
-        if family == "sdxl" and method in ("esd-u", "esd-all"):
-            base_rule = rule
-            rule = lambda n: base_rule(n) and "block" in n and "emb" not in n
+        selects = ESD_RULES.get(method) or re.compile(method).search
+        sdxl = family == "sdxl" and method in ("esd-u", "esd-all")  # its script's further rule
         names = [
             f"{module_name}.{name}"
             for module_name, module in unet.named_modules()
-            if isinstance(module, (nn.Linear, nn.Conv2d)) and rule(module_name)
+            if isinstance(module, (nn.Linear, nn.Conv2d))
+            and selects(module_name)
+            and (not sdxl or ("block" in module_name and "emb" not in module_name))
             for name, _ in module.named_parameters(recurse=False)
         ]
     if not names:
@@ -194,17 +203,19 @@ class TrainableSubset:
 @contextmanager
 def only_trainable(unet: torch.nn.Module, subset: TrainableSubset) -> Iterator[None]:
     """Within: gradients for the subset alone (a frozen weight's gradient is a third of the
-    backward), in eval mode; after: every flag as it was."""
-    flags = [(p, p.requires_grad) for p in unet.parameters()]
-    training = unet.training
+    backward), in eval mode; after: every flag and every gradient as it was."""
+    flags = [(p, p.requires_grad, p.grad) for p in unet.parameters()]
+    modes = [(m, m.training) for m in unet.modules()]
     try:
         unet.requires_grad_(False).eval()
+        for parameter, _, _ in flags:
+            parameter.grad = None
         for parameter in subset.parameters.values():
             parameter.requires_grad_(True)
         yield
     finally:
-        for parameter, flag in flags:
+        for parameter, flag, gradient in flags:
             parameter.requires_grad_(flag)
-        for parameter in subset.parameters.values():
-            parameter.grad = None
-        unet.train(training)
+            parameter.grad = gradient
+        for module, training in modes:
+            module.training = training

@@ -55,17 +55,23 @@ def plan_rollouts(
 def noise(rng: random.Random, batch: int, shape: tuple[int, int, int]) -> torch.Tensor:
     import torch
 
-    generator = torch.Generator().manual_seed(rng.randrange(2**31))
-    return torch.randn((batch, *shape), generator=generator)
+    # the device is said: a caller may have set another one as torch's default
+    generator = torch.Generator("cpu").manual_seed(rng.randrange(2**31))
+    return torch.randn(
+        (batch, *shape), generator=generator, dtype=torch.float32, device=torch.device("cpu")
+    )
 
 
 def draw_last(rng: random.Random, steps: int, timesteps: torch.Tensor) -> dict[str, Any]:
-    """The frozen-rollout scripts: entry i of the list, after i guided steps."""
+    """The frozen-rollout scripts: entry i of the list, after i guided steps.
+
+    i is one of `steps` though PNDM's list has one entry more: as the scripts draw it.
+    """
     index = rng.randrange(steps)
     return {"steps": index, "query": timesteps[index].item()}
 
 
-def draw_paper(rng: random.Random, steps: int, timesteps: torch.Tensor) -> dict[str, Any]:
+def draw_paper(rng: random.Random, steps: int, _: torch.Tensor) -> dict[str, Any]:
     """The paper's script: the list without its noisiest entry; t uniform in stride i."""
     index, stride = rng.randrange(steps), 1000 // steps
     return paper_rollout(index, rng.randrange(stride * index, stride * (index + 1)), steps)
@@ -75,7 +81,7 @@ def paper_rollout(index: int, timestep: int, steps: int) -> dict[str, Any]:
     return {"start": 1, "steps": min(steps - 1, steps - index), "query": timestep}
 
 
-def draw_paper_diffusers(rng: random.Random, steps: int, timesteps: torch.Tensor) -> dict[str, Any]:
+def draw_paper_diffusers(rng: random.Random, steps: int, _: torch.Tensor) -> dict[str, Any]:
     """The paper's algorithm on diffusers: i steps, then entry i of the steps in a list of 1000."""
     index = rng.randrange(1, steps - 1)
     return {"steps": index, "query": 1000 - (1000 // steps) * index}

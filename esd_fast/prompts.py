@@ -12,24 +12,31 @@ def clean_prompt(argument: str, text: object) -> str:
     """The prompt without blanks around it. Raises ValueError where nothing is left."""
     if not isinstance(text, str):
         hint = "; for several concepts say them one at a time" if isinstance(text, list) else ""
-        raise ValueError(f"{argument} is {text!r}; it must be a text, such as 'cat'{hint}")
+        raise ValueError(f"{argument} is {text!r}; it must be a text, such as 'cat'{hint}")  # noqa: TRY004
     cleaned = text.strip()
     if not any(character.isprintable() and not character.isspace() for character in cleaned):
         raise ValueError(f"{argument} is {text!r}; it must name something, such as 'cat'")
+    if re.search("[\ud800-\udfff]", cleaned):
+        raise ValueError(
+            f"{argument} is {text!r}; it must be valid Unicode (no tokenizer reads it)"
+        )
     return cleaned
 
 
 def safe_name(text: str, limit: int = 60) -> str:
-    """A file name of `text` for every file system: "AC/DC" becomes "AC-DC".
+    """A file name of `text` for every file system: "AC/DC" becomes "AC-DC-" and a hash.
 
-    Texts that lose something, or are cut, get a short hash, so that two of them never meet.
+    Texts that lose more than spaces, or are cut to `limit` bytes, get a short hash, so that two
+    of them never meet.
     """
     plain = unicodedata.normalize("NFKC", text)
-    name = re.sub(r"[^\w.+-]+", "-", plain).strip("-. ")[:limit].rstrip("-. ")
+    name = re.sub(r"[^\w.+-]+", "-", plain).strip("-. ")
+    # bytes, not characters: file systems allow 255 of them
+    name = name.encode(errors="replace")[:limit].decode(errors="ignore").rstrip("-. ")
     spaces_only = re.sub(r" ", "-", text)
-    if name == spaces_only and name.upper() not in RESERVED:
+    if name == spaces_only and name.split(".")[0].upper() not in RESERVED:
         return name
-    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:8]
     return f"{name}-{digest}" if name else digest
 
 

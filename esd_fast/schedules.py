@@ -33,6 +33,11 @@ def scheduler_for(own: Any, config: EraseConfig) -> Any:
             f"num_inference_steps is {config.num_inference_steps}; "
             f"this scheduler has {trained} timesteps"
         )
+    if config.schedule != "model" and trained != 1000:
+        raise ValueError(
+            f"schedule is {config.schedule!r}, a list of 1000 timesteps; "
+            f"this scheduler has {trained}; schedule 'model' would do"
+        )
     scheduler = copy.deepcopy(own) if config.schedule == "model" else paper_ddim(settings)
     scheduler.set_timesteps(config.num_inference_steps)
     return scheduler
@@ -42,8 +47,9 @@ def paper_ddim(settings: dict[str, Any]) -> Any:
     """DDIM with eta 0 as both published scripts run it, on the model's own noise levels."""
     from diffusers import DDIMScheduler
 
-    names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
-    kept = {k: settings[k] for k in (*names, "prediction_type") if settings.get(k) is not None}
+    betas = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+    names = ("num_train_timesteps", "prediction_type", *betas)
+    kept = {k: settings[k] for k in names if settings.get(k) is not None}
     return DDIMScheduler(
         **kept,
         clip_sample=False,

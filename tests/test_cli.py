@@ -19,7 +19,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def esd_fast(*arguments, cwd=None, check=True):
     code = "import sys; from esd_fast.cli import main; sys.exit(main())"
-    done = subprocess.run(
+    done = subprocess.run(  # noqa: PLW1510
         [sys.executable, "-c", code, *map(str, arguments)],
         cwd=cwd,
         capture_output=True,
@@ -41,7 +41,7 @@ def test_help_of_every_command_imports_nothing_heavy():
         "assert not heavy, heavy\n"
     )
     for arguments in (["--help"], ["train", "--help"], ["generate", "--help"], ["info", "--help"]):
-        done = subprocess.run(
+        done = subprocess.run(  # noqa: PLW1510
             [sys.executable, "-c", code, *arguments],
             capture_output=True,
             text=True,
@@ -142,6 +142,8 @@ def test_generate_draws_both_sides_with_metadata(tmp_path):
 def test_info_names_family_and_sizes():
     told = json.loads(esd_fast("info", model_path(), "--json").stdout)
     assert told["family"] == "sd"
-    assert told["methods"]["esd-x"].endswith("in 35 tensors") or "tensors" in told["methods"]["esd-x"]
+    assert (
+        told["methods"]["esd-x"].endswith("in 35 tensors") or "tensors" in told["methods"]["esd-x"]
+    )
     machine = json.loads(esd_fast("info", "--json").stdout)
     assert {"device", "paths", "versions", "presets", "methods"} <= set(machine)

@@ -121,7 +121,7 @@ def columns_of(asked: int | None, model: Model) -> int:
         return asked
     if model.source == "embedded":
         return COLUMNS_EMBEDDED
-    if model.unet.device.type == "cpu":
+    if model.device.type == "cpu":
         print("no pictures on the CPU unless asked for: --pictures 2 draws them", file=sys.stderr)
         return 0
     return COLUMNS_GPU
@@ -145,7 +145,7 @@ def report_of(erasure: Erasure, model: Model) -> dict[str, Any]:
         **{k: v for k, v in manifest.items() if k != "losses"},
         "seconds": {"collect": manifest["seconds"]["collect"], "fit": manifest["seconds"]["fit"]},
         "losses": {"first": losses[0], "last": losses[-1], "steps": len(losses)},
-        "peak_memory_bytes": peak_memory_bytes(model.unet.device),
+        "peak_memory_bytes": peak_memory_bytes(model.device),
         "weights": erasure.moves(model.unet),
     }
 
@@ -161,9 +161,11 @@ def write_pictures(folder: Path, rows: Any, concept: str, losses: Sequence[float
 def summary(report: dict[str, Any], page: Path) -> str:
     seconds, passes = report["seconds"], report["unet_passes"]["total"]
     lines = [
-        f'"{report["concept"]}" erased: {passes} UNet passes, '
-        f"collect {seconds['collect']:.1f} s, fit {seconds['fit']:.1f} s, "
-        f"all in all {seconds['total']:.0f} s"
+        (
+            f'"{report["concept"]}" erased: {passes} UNet passes, '
+            f"collect {seconds['collect']:.1f} s, fit {seconds['fit']:.1f} s, "
+            f"all in all {seconds['total']:.0f} s"
+        )
     ]
     for kind in ("erased", "kept"):
         if kind in report:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from torch import nn
 
 from . import world
 from .pictures import PIXELS, Painter
@@ -37,11 +37,12 @@ def new_autoencoder() -> AutoencoderKL:
 def balanced(rng: random.Random, count: int) -> list[world.Scene]:
     """Every object, style and background equally often."""
     names = (world.OBJECT_NAMES, world.STYLE_NAMES, world.BACKGROUND_NAMES)
-    return [world.Scene(*(rng.choice(n) for n in names), "") for _ in range(count)]
+    draws = [[rng.choice(n) for n in names] for _ in range(count)]
+    return [world.Scene(object, style, ground, "") for object, style, ground in draws]
 
 
 def train_autoencoder(painter: Painter, folder: Path) -> AutoencoderKL:
-    def loss_of(vae: nn.Module, step: int, generator: torch.Generator) -> torch.Tensor:
+    def loss_of(vae: Any, step: int, generator: torch.Generator) -> torch.Tensor:
         del step  # the generator is seeded by it
         rng = random.Random(generator.initial_seed())
         pictures = painter.paint_scenes(balanced(rng, BATCH), generator)

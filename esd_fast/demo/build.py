@@ -8,6 +8,7 @@ that was stopped goes on from its last checkpoint.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
@@ -15,12 +16,10 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import save_file
 
-from . import sprites, world
-from .autoencoder import train_autoencoder
-from .diffusion import train_diffusion
+from . import autoencoder, diffusion, sprites, train_judge, world
+from .acceptance import FLOOR, accept, contact_sheet
 from .judge import JUDGES, load_judge
 from .pictures import Painter
-from .train_judge import accuracy, train_judge
 
 
 def main() -> None:
@@ -37,7 +36,7 @@ def build(work: Path, output: Path, until: str = "all") -> None:
     painter = Painter(sprites.sprites(work))
     strangers = Painter(sprites.strangers(work))
     if not (work / "vae").exists():
-        train_autoencoder(painter, work).save_pretrained(work / "vae")
+        autoencoder.train_autoencoder(painter, work).save_pretrained(work / "vae")
     vae = AutoencoderKL.from_pretrained(work / "vae").eval().requires_grad_(False)
     if until == "vae":
         return
@@ -45,7 +44,7 @@ def build(work: Path, output: Path, until: str = "all") -> None:
     if until == "judge":
         return
     if not (work / "pipeline").exists():
-        train_diffusion(vae, painter, work).save_pretrained(work / "pipeline")
+        diffusion.train_diffusion(vae, painter, work).save_pretrained(work / "pipeline")
     if until == "model":
         return
     build_judge("second-judge", painter, strangers, vae, work)
@@ -57,11 +56,11 @@ def build_judge(
 ) -> None:
     if (work / f"{name}.safetensors").exists():
         return
-    judge = train_judge(name, painter, strangers, vae, work)
+    judge = train_judge.train_judge(name, painter, strangers, vae, work)
     halves = {k: v.half().contiguous() for k, v in judge.state_dict().items()}
     save_file(halves, work / f"{name}.part")
     (work / f"{name}.part").replace(work / f"{name}.safetensors")
-    objects, styles = accuracy(load_judge(work, name), painter)
+    objects, styles = train_judge.accuracy(load_judge(work, name), painter)
     report = {"object_accuracy": objects, "style_accuracy": styles}
     (work / f"{name}.json").write_text(json.dumps(report, indent=1))
     print(f"{name}: {objects:.1%} of objects and {styles:.1%} of styles on unseen renders")
@@ -80,12 +79,34 @@ def ship(work: Path, output: Path) -> None:
         "objects": list(world.OBJECTS),
         "styles": world.STYLES,
         "icon_sets": {n: {"version": v[0], "licence": v[1]} for n, v in sprites.ICON_SETS.items()},
+        "training": {
+            "autoencoder": dataclasses.asdict(autoencoder.SCHEDULE),
+            "diffusion": dataclasses.asdict(diffusion.SCHEDULE),
+            "polish": dataclasses.asdict(diffusion.POLISH),
+            **{n: dataclasses.asdict(s) for n, s in train_judge.SCHEDULES.items()},
+        },
         "judges": accuracies,
     }
     (output / "settings.json").write_text(json.dumps(settings, indent=1))
     (output / "CREDITS.md").write_text(credits())
+    accepted(output)
     total = sum(f.stat().st_size for f in output.rglob("*") if f.is_file())
     print(f"{output}: {total / 2**20:.1f} MiB")
+
+
+def accepted(output: Path) -> None:
+    """Measure what is shipped as it is shipped, and say whether it is good enough."""
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        output, dtype=torch.float32, safety_checker=None
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    contact_sheet(pipeline).save(output / "contact_sheet.png", optimize=True)
+    results = accept(pipeline, tuple(JUDGES))
+    (output / "acceptance.json").write_text(json.dumps(results, indent=1))
+    for judge, rates in results.items():
+        print(f"{judge}: objects {rates['objects']:.1%}, styles {rates['styles']:.1%} as asked for")
+    if min(results["judge"]["objects"], results["judge"]["styles"]) < FLOOR:
+        raise SystemExit(f"not good enough to ship: less than {FLOOR:.0%}; train longer")
 
 
 def credits() -> str:

@@ -146,7 +146,7 @@ def train_diffusion(vae: AutoencoderKL, painter: Painter, folder: Path) -> Stabl
 
     torch.manual_seed(0)
     unet = new_unet().to(memory_format=torch.channels_last)
-    model = TextToNoise(new_text_encoder(tokenizer), unet)
+    model: nn.Module = TextToNoise(new_text_encoder(tokenizer), unet)
     for seed, (name, schedule, limit) in enumerate(
         [("diffusion", SCHEDULE, SNR_LIMIT), ("polish", POLISH, POLISH_SNR_LIMIT)]
     ):

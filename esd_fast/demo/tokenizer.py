@@ -21,7 +21,7 @@ def new_tokenizer(words: list[str]) -> CLIPTokenizer:
     merges = [tuple(pair) for pair in model_of(bpe)["merges"]]
     tokens = [*alphabet, *(a + "</w>" for a in alphabet), *("".join(m) for m in merges), BOS, EOS]
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_LENGTH)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_LENGTH)  # type: ignore[arg-type]
 
 
 def model_of(bpe: Tokenizer) -> dict:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -67,7 +68,12 @@ def train(
         smooth = loss.item() if math.isnan(smooth) else 0.98 * smooth + 0.02 * loss.item()
         bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
         if (step + 1) % schedule.checkpoint_every == 0:
-            state = {"model": model, "average": average, "optimizer": optimizer, "rate": rate}
+            state: dict[str, Any] = {
+                "model": model,
+                "average": average,
+                "optimizer": optimizer,
+                "rate": rate,
+            }
             save_atomically(
                 {k: v.state_dict() for k, v in state.items()} | {"step": step + 1}, checkpoint
             )
@@ -81,7 +87,8 @@ def cosine(step: int, schedule: Schedule) -> float:
 
 @torch.no_grad()
 def follow(average: nn.Module, model: nn.Module, decay: float) -> None:
-    ours, theirs = list(average.parameters()), list(model.parameters())
+    ours: list[torch.Tensor] = list(average.parameters())
+    theirs: list[torch.Tensor] = list(model.parameters())
     torch._foreach_lerp_(ours, theirs, 1 - decay)
     for mean, now in zip(average.buffers(), model.buffers(), strict=True):
         mean.copy_(now)

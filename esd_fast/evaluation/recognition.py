@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..demo import model_path, world
-from ..demo.judge import Verdict, load_judge, recognise
-from ..generate import Shot, pictures
+from esd_fast.demo import model_path, world
+from esd_fast.demo.judge import Verdict, load_judge, recognise
+from esd_fast.generate import Shot, pictures
 
 NUM_INFERENCE_STEPS, GUIDANCE_SCALE = 25, 4.0
 

@@ -14,10 +14,11 @@ from .base import Conditioning, Family, Model, PromptSet
 from .sd import StableDiffusion
 
 if TYPE_CHECKING:
-    from ..config import EraseConfig
+    from esd_fast.config import EraseConfig
 
 __all__ = ["Conditioning", "Family", "Model", "PromptSet", "load_model"]
 
+PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 FAMILIES: tuple[Family, ...] = (StableDiffusion(),)
 
 
@@ -96,13 +97,18 @@ def check_source(source: str) -> None:
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"{index} cannot be read: {error}") from None
     elif path.is_file():
-        pickled = path.suffix in (".ckpt", ".pt", ".pth", ".bin")
+        pickled = path.suffix in PICKLED
         reason = " (it may also hold pickled code, which is never run here)" if pickled else ""
         raise ValueError(
             f"{path} is a single file{reason}; convert it to a diffusers folder first: "
             "StableDiffusionPipeline.from_single_file(...).save_pretrained(folder)"
         )
-    elif source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source:
+    elif (
+        source.startswith((".", "/", "~"))
+        or source.count("/") > 1
+        or "\\" in source
+        or path.suffix in (*PICKLED, ".safetensors")
+    ):
         raise FileNotFoundError(f"model {source!r} does not exist")
 
 
@@ -126,7 +132,9 @@ def resolve_device(device: str) -> torch.device:
     try:
         resolved = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"device is {device!r}; it must be cpu, cuda, cuda:N or mps") from None
+        resolved = None
+    if resolved is None or resolved.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"device is {device!r}; it must be cpu, cuda, cuda:N or mps")
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"device is {device!r}; there are {torch.cuda.device_count()} CUDA devices here"
@@ -138,7 +146,7 @@ def resolve_device(device: str) -> torch.device:
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype != "auto":
-        return getattr(torch, dtype)  # type: ignore[no-any-return]
+        return getattr(torch, dtype)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
     return torch.float32

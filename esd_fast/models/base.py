@@ -71,7 +71,16 @@ class Model:
 
     @property
     def unet(self) -> torch.nn.Module:
-        return self.pipeline.unet  # type: ignore[no-any-return]
+        return self.pipeline.unet
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.unet.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the frozen weights."""
+        return next(self.unet.parameters()).dtype
 
     @property
     def vae_scale_factor(self) -> int:

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ..prompts import lost_by_truncation
+from esd_fast.prompts import lost_by_truncation
+
 from .base import Conditioning
 
 
@@ -39,9 +40,11 @@ class StableDiffusion:
             warnings.warn(f"the prompt is too long for the model; lost: {lost!r}", stacklevel=2)
         encoder = pipeline.text_encoder
         home, device = encoder.device, pipeline.unet.device
-        encoder.to(device)
-        embeddings, _ = pipeline.encode_prompt(
-            prompt, device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
-        encoder.to(home)
+        try:
+            encoder.to(device)
+            embeddings, _ = pipeline.encode_prompt(
+                prompt, device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            )
+        finally:
+            encoder.to(home)
         return Conditioning(embeddings.to(pipeline.unet.dtype))

@@ -24,7 +24,9 @@ def test_is_a_whole_pipeline_small_enough_to_ship(pipeline):
     assert isinstance(pipeline.vae, AutoencoderKL)
     names = [n for n, _ in pipeline.unet.named_modules()]
     for kind in ("attn1", "attn2"):
-        levels = {n.split(".")[1] for n in names if n.startswith("down_blocks") and n.endswith(kind)}
+        levels = {
+            n.split(".")[1] for n in names if n.startswith("down_blocks") and n.endswith(kind)
+        }
         assert len(levels) >= 2
     size = sum(f.stat().st_size for f in model_path().rglob("*") if f.is_file())
     assert size <= 24 * 2**20
@@ -48,7 +50,7 @@ def test_latents_are_normalised(pipeline):
     latents = pipeline.vae.encode(images).latent_dist.mean
     assert pipeline.vae.config.scaling_factor == 1.0
     assert latents.mean((0, 2, 3)).abs().max() < 0.35
-    assert 0.7 < latents.std((0, 2, 3)).min()
+    assert latents.std((0, 2, 3)).min() > 0.7
     assert latents.std((0, 2, 3)).max() < 1.3
 
 
