@@ -1,7 +1,8 @@
 """Erasure and preservation of the default recipe on the embedded model, as a table.
 
     python benchmarks/erasure_table.py                # the committed table
-    python benchmarks/erasure_table.py --sweep        # the sweep that chose the default recipe
+    python benchmarks/erasure_table.py --sweep        # recipes against each other
+    python benchmarks/erasure_table.py --show FILE    # tables of measured rows, nothing is run
 
 Every run is one row of a JSON-lines file; runs that are there are skipped, so it can be stopped.
 """
@@ -113,7 +114,7 @@ def run_all(
     concepts: list[str], seeds: int, settings: list[dict[str, Any]], file: Path, sizes: Sizes
 ) -> list[dict[str, Any]]:
     file.parent.mkdir(parents=True, exist_ok=True)
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    rows = read_rows(file) if file.exists() else []
     have = {key_of(r.get("concept"), r["seed"], r["settings"]) for r in rows}
     jobs: list[tuple[str | None, int, Any]] = [(None, s, "base") for s in range(seeds)]
     jobs += [(c, s, x) for x in settings for c in concepts for s in range(seeds)]
@@ -131,13 +132,28 @@ def run_all(
     return rows
 
 
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def all_tables(rows: list[dict[str, Any]]) -> str:
+    """A table for each recipe that the rows measured."""
+    recipes = {json.dumps(r["settings"]) for r in rows if r["settings"] != "base"}
+    tables = []
+    for recipe in sorted(recipes):
+        picked = [r for r in rows if r["settings"] in ("base", json.loads(recipe))]
+        name = "the default recipe" if recipe == "{}" else f"`{recipe}`"
+        tables.append(f"{name}\n\n{summary(picked)}")
+    return "\n\n".join(tables)
+
+
 def key_of(concept: str | None, seed: int, settings: Any) -> str:
     return json.dumps([concept, seed, settings], sort_keys=True)
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
     """A line a concept over its seeds; kept relative to the base on the same pictures."""
-    base = {r["seed"]: r for r in rows if r["settings"] == "base"}
+    base = merged_bases([r for r in rows if r["settings"] == "base"])
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if row["settings"] != "base":
@@ -149,6 +165,16 @@ def summary(rows: list[dict[str, Any]]) -> str:
     everything = [r for g in groups.values() for r in g]
     lines += [line_of(n, g, base) for n, g in [*groups.items(), ("**all**", everything)]]
     return "\n".join(lines)
+
+
+def merged_bases(rows: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """By seed; runs over different concepts each bring a base row of their own."""
+    merged: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        of_seed = merged.setdefault(row["seed"], {"erased": {}, "kept": {}})
+        for kind in ("erased", "kept"):
+            of_seed[kind].update(row[kind])
+    return merged
 
 
 def line_of(name: str, group: list[dict[str, Any]], base: dict[int, dict[str, Any]]) -> str:
@@ -191,7 +217,12 @@ def main() -> None:
     parser.add_argument("--erased", type=int, default=64, help="pictures of the erased one a run")
     parser.add_argument("--settings", type=json.loads, action="append", help="EraseConfig as JSON")
     parser.add_argument("--file", type=Path)
+    parser.add_argument("--show", type=Path, nargs="+", help="files of rows")
     arguments = parser.parse_args()
+    if arguments.show:
+        for file in arguments.show:
+            print(f"### {file.stem}\n\n{all_tables(read_rows(file))}\n")
+        return
     keep_pages()
     quiet_libraries()
     concepts = arguments.concepts or (SWEEP_CONCEPTS if arguments.sweep else table_concepts())
@@ -199,9 +230,7 @@ def main() -> None:
     file = arguments.file or RESULTS / ("sweep.jsonl" if arguments.sweep else "erasure_table.jsonl")
     sizes = Sizes(arguments.erased, arguments.kept)
     rows = run_all(concepts, arguments.seeds, settings, file, sizes)
-    for chosen in settings:
-        print(json.dumps(chosen))
-        print(summary([r for r in rows if r["settings"] in ("base", chosen)]), flush=True)
+    print(all_tables(rows))
 
 
 if __name__ == "__main__":
