@@ -55,7 +55,7 @@ def test_help_of_every_command_imports_nothing_heavy():
     ("arguments", "said"),
     [
         (["--concept", " "], "concept is ' '"),
-        (["--concept", "cat", "--method", "attention"], "train_method is 'attention'"),
+        (["--concept", "cat", "--method", "magic"], "train_method is 'magic'"),
         (["--concept", "cat", "--iterations", "0"], "iterations is 0"),
         (["--concept", "cat", "--learning-rate", "nan"], "learning_rate is nan"),
         (["--concept", "cat", "--resolution", "63"], "resolution is 63"),
@@ -92,7 +92,9 @@ def test_main_job_erases_keeps_and_proves_it(tmp_path):
         assert Image.open(folder / picture).size[0] > 300
     assert "<html" in (folder / "report.html").read_text()
     (delta,) = folder.glob("*.safetensors")
-    assert delta.stat().st_mode & 0o044 == 0o044 & ~os.umask(os.umask(0o022) or 0o022)
+    assert (
+        delta.stat().st_mode == (folder / "report.json").stat().st_mode
+    )  # as any file of a person
     unet = UNet2DConditionModel.from_pretrained(model_path() / "unet", dtype=torch.float32)
     found = unet.load_state_dict(load_file(delta), strict=False)
     assert not found.unexpected_keys
