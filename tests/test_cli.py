@@ -89,7 +89,8 @@ def test_main_job_erases_keeps_and_proves_it(tmp_path):
     for key in ("attention", "guidance_loss", "cuda_graphs", "dtype"):
         assert report["paths_taken"][key]
     for picture in ("before_after.png", "loss.png"):
-        assert Image.open(folder / picture).size[0] > 300
+        with Image.open(folder / picture) as opened:
+            assert opened.size[0] > 300
     assert "<html" in (folder / "report.html").read_text()
     (delta,) = folder.glob("*.safetensors")
     assert (
@@ -136,9 +137,9 @@ def test_generate_draws_both_sides_with_metadata(tmp_path):
              tmp_path / "pictures", "--model", GOLDEN / "sd-ddim")  # fmt: skip
     names = sorted(p.name for p in (tmp_path / "pictures").iterdir())
     assert len(names) == 9
-    picture = Image.open(tmp_path / "pictures" / "a-cat-1-erased.png")
-    assert picture.text["prompt"] == "a cat"
-    assert picture.text["seed"] == "1"
+    with Image.open(tmp_path / "pictures" / "a-cat-1-erased.png") as picture:
+        assert picture.text["prompt"] == "a cat"
+        assert picture.text["seed"] == "1"
 
 
 def test_info_names_family_and_sizes():
