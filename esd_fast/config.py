@@ -104,8 +104,9 @@ class EraseConfig:
             refuse("seed", self.seed, "a whole number from 0")
         if not 0 <= self.seed < 2**63:
             refuse("seed", self.seed, "from 0 and below 2**63")
-        if not isinstance(self.device, str):
-            refuse("device", self.device, "a text: 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'")
+        device: object = self.device
+        if not isinstance(device, str):
+            refuse("device", device, "a text: 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'")
         if self.preset not in PRESETS:
             refuse("preset", self.preset, " or ".join(repr(p) for p in PRESETS))
         for name, allowed in CHOICES.items():

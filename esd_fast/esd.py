@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from .collect import Teacher, TeacherSamples, chunked, collect_all, collect_last
 from .config import EraseConfig
 from .erasure import Erasure, fingerprint, versions
-from .fit import FitStep, Fitter, shuffled
+from .fit import FitStep, Fitter, NonFiniteLoss, shuffled
 from .models import Model, PromptSet, load_model
 from .objective import Objective
 from .parameters import TrainableSubset, canonical_method, only_trainable, trainable_names
@@ -57,6 +59,8 @@ def erase(
     return run(load_model(model, config), config, on_progress=on_progress, on_step=on_step)
 
 
+@torch.inference_mode(False)  # whatever the caller's mode, training needs gradients
+@torch.enable_grad()
 def run(
     model: Model,
     config: EraseConfig,
@@ -96,14 +100,15 @@ def run(
                 meter.fitted(step, config)
                 if on_step:
                     on_step(step)
+        erasure = finish(model, config, subset, fitter, meter, started, interrupted=False)
         finished = True
+        return erasure
     except KeyboardInterrupt:
         erasure = finish(model, config, subset, fitter, meter, started, interrupted=True)
         raise EraseInterrupted(erasure) from None
     finally:
         if not finished:
             subset.restore()
-    return finish(model, config, subset, fitter, meter, started, interrupted=False)
 
 
 def training_batches(
@@ -186,8 +191,21 @@ def finish(
     started: float,
     interrupted: bool,
 ) -> Erasure:
-    """The result, with a manifest that says how it came about."""
+    """The result, with a manifest that says how it came about.
+
+    Raises NonFiniteLoss where the last step, whose loss nobody saw, left weights that are no
+    numbers.
+    """
     from . import ops
+
+    trained = subset.trained()
+    broken = [name for name, tensor in trained.items() if not tensor.isfinite().all()]
+    if broken:
+        raise NonFiniteLoss(
+            f"{len(broken)} of {len(trained)} trained tensors are not finite after iteration "
+            f"{len(fitter.losses) - 1} ({broken[0]}); try a lower learning_rate than "
+            f"{config.learning_rate:g}, or dtype float32"
+        )
 
     device = str(model.device)
     manifest = {
@@ -215,7 +233,7 @@ def finish(
         },
         "versions": versions(),
     }
-    erasure = Erasure(subset.trained(), manifest)
+    erasure = Erasure(trained, manifest)
     erasure.remember_original(model.unet, subset.frozen)
     return erasure
 

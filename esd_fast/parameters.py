@@ -39,7 +39,7 @@ MODULE_NAMES = (
     *("linear_2", "down_blocks", "mid_block", "up_blocks", "attentions", "transformer_blocks"),
     *("attn1", "attn2", "to_q", "to_k", "to_v", "to_out", "proj_in", "proj_out", "resnets"),
     *("conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers", "upsamplers"),
-    *("encoder_hid_proj", "proj"),
+    *("encoder_hid_proj", "ff", "net"),
 )
 
 

@@ -34,13 +34,16 @@ def safe_name(text: str, limit: int = 60) -> str:
     # bytes, not characters: file systems allow 255 of them
     name = name.encode(errors="replace")[:limit].decode(errors="ignore").rstrip("-. ")
     spaces_only = re.sub(r" ", "-", text)
-    if name == spaces_only and name.split(".")[0].upper() not in RESERVED:
+    reserved = name.split(".")[0].upper() in RESERVED
+    if name and name == spaces_only and not reserved:
         return name
+    if reserved:
+        name = name.replace(".", "-")
     digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:8]
     return f"{name}-{digest}" if name else digest
 
 
-# names that Windows keeps for devices
+# names that Windows keeps for devices, whatever follows a dot
 RESERVED = {"CON", "PRN", "AUX", "NUL", *(f"{n}{i}" for n in ("COM", "LPT") for i in range(1, 10))}
 
 

@@ -52,7 +52,9 @@ def load_model(model: Any, config: EraseConfig) -> Model:
 
 def source_of(pipeline: Any) -> str:
     """Where a pipeline came from, for the manifest."""
-    return "embedded" if is_embedded(pipeline) else str(pipeline.config.get("_name_or_path"))
+    if is_embedded(pipeline):
+        return "embedded"
+    return str(pipeline.config.get("_name_or_path") or "pipeline")
 
 
 def family_of(pipeline_class: str, unet_config: dict[str, Any]) -> Family:
