@@ -72,6 +72,10 @@ def ship(work: Path, output: Path) -> None:
         work / "pipeline", dtype=torch.float16, safety_checker=None
     )
     pipeline.save_pretrained(output)
+    for config in output.rglob("*.json"):  # diffusers notes the builder's own folders there
+        described = json.loads(config.read_text())
+        if described.pop("_name_or_path", None):
+            config.write_text(json.dumps(described, indent=2) + "\n")
     for name in JUDGES:
         (output / f"{name}.safetensors").write_bytes((work / f"{name}.safetensors").read_bytes())
     accuracies = {n: json.loads((work / f"{n}.json").read_text()) for n in JUDGES}

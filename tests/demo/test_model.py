@@ -71,3 +71,18 @@ def test_judges_are_built_differently():
     assert not {n for n, _ in first.body.named_parameters()} & {
         n for n, _ in second.named_parameters()
     }
+
+
+def test_a_live_embedded_pipeline_is_known_as_such(pipeline):
+    from esd_fast.config import EraseConfig
+    from esd_fast.demo import RECIPE, is_embedded
+
+    assert is_embedded(pipeline)
+    config = EraseConfig.from_preset("fast", "cat", pipeline)
+    assert {name: getattr(config, name) for name in RECIPE} == RECIPE
+    assert EraseConfig.from_preset("fast", "cat", "some/model").learning_rate == 5e-5
+
+
+def test_shipped_files_tell_no_builder_paths():
+    for file in model_path().rglob("*.json"):
+        assert "_name_or_path" not in file.read_text(), file
