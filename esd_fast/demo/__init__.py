@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-# The preset `fast` on this model, chosen by `benchmarks/erasure_table.py --sweep`: a model this
+# The preset `fast` on this model, chosen by small trials (benchmarks/results/sweep): a model this
 # small needs, and bears, a larger learning rate than Stable Diffusion does.
 RECIPE: dict[str, Any] = {
     "train_method": "esd-x-strict",

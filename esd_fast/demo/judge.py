@@ -24,11 +24,6 @@ class Verdict:
     objects: list[str]
     styles: list[str]
 
-    def rate(self, concept: str) -> float:
-        """The share of pictures in which `concept`, an object or a style, is recognised."""
-        names = self.styles if concept in STYLE_NAMES else self.objects
-        return sum(n == concept for n in names) / max(1, len(names))
-
 
 class ConvolutionJudge(nn.Module):
     """A plain strided convolutional network; (B, 3, 64, 64) in -1..1 to two rows of logits."""
