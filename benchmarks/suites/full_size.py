@@ -1,0 +1,217 @@
+"""An SD 1.x-shaped checkpoint (random weights, bfloat16) through the whole command line.
+
+Does anything break at size, and what does it take? Beside it the reference loop, in bfloat16 too, for the same
+number of samples. Each in a process of its own; memory is the resident peak of the whole process.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from measure import Settings, in_fresh_process, peak, reset_peak
+from rows import Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+RESOLUTION, STEPS, ITERATIONS = 256, 4, 4
+MEMORY_TARGET = 5e9
+
+
+@dataclass(frozen=True)
+class Job:
+    folder: str
+    device: str
+    resolution: int
+    steps: int
+    iterations: int
+
+
+def run(settings: Settings) -> Iterator[Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder) / "sd1"
+        in_fresh_process(write_checkpoint, str(checkpoint), settings.quick)
+        job = Job(
+            str(checkpoint),
+            settings.device,
+            resolution=64 if settings.quick else RESOLUTION,
+            steps=2 if settings.quick else STEPS,
+            iterations=2 if settings.quick else ITERATIONS,
+        )
+        yield row_of("esd_fast", job, command_line(job, Path(folder) / "out"))
+        yield row_of("reference", job, in_fresh_process(reference, job))
+
+
+def row_of(contestant: str, job: Job, measured: dict[str, Any]) -> Row:
+    return Row(
+        suite="full-size",
+        case=f"SD 1.x, {job.resolution} px, {job.iterations} samples",
+        contestant=contestant,
+        device=job.device,
+        dtype="bfloat16",
+        repeats=1,
+        samples_per_second=job.iterations / measured["seconds"],
+        **measured,
+    )
+
+
+def command_line(job: Job, output: Path) -> dict[str, Any]:
+    """`esd-fast train` as a user starts it; `seconds` are those of collect and fit."""
+    command = [sys.executable, "-m", "esd_fast.cli", "train", "--concept", "a red bicycle"]
+    command += ["--model", job.folder, "--output", str(output), "--device", job.device]
+    command += ["--dtype", "bfloat16", "--resolution", str(job.resolution), "--pictures", "0"]
+    command += ["--iterations", str(job.iterations), "--num-inference-steps", str(job.steps)]
+    environment = dict(os.environ)
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    subprocess.run(command, check=True, env=environment)
+    report = json.loads((output / "report.json").read_text())
+    shutil.rmtree(output)
+    return {
+        "seconds": report["seconds"]["collect"] + report["seconds"]["fit"],
+        "first_seconds": report["seconds"]["total"],
+        "unet_passes": report["unet_passes"]["total"],
+        "peak_memory_bytes": report["peak_memory_bytes"],
+        "note": "first: process start to report; memory: the whole process",
+    }
+
+
+def reference(job: Job) -> dict[str, Any]:
+    """The reference loop, for as many samples, on the same checkpoint."""
+    import reference_loop
+    from diffusers import StableDiffusionPipeline
+
+    from esd_fast.commands.console import keep_pages, quiet_libraries
+
+    keep_pages()
+    quiet_libraries()
+    started = time.perf_counter()
+    reset_peak(job.device)
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        job.folder, dtype=torch.bfloat16, safety_checker=None
+    ).to(job.device)
+    settings = reference_loop.LoopSettings(
+        concept="a red bicycle",
+        iterations=job.iterations,
+        num_inference_steps=job.steps,
+        resolution=job.resolution,
+    )
+    begun = time.perf_counter()
+    result = reference_loop.reference(pipeline, settings)
+    ended = time.perf_counter()
+    return {
+        "seconds": ended - begun,
+        "first_seconds": ended - started,
+        "unet_passes": result.unet_passes,
+        "peak_memory_bytes": peak(job.device),
+        "note": "first: loading included; memory: the whole process",
+    }
+
+
+# --- the checkpoint ---------------------------------------------------------------------------------
+
+
+def write_checkpoint(folder: str, tiny: bool) -> None:
+    """Every part in the shape of SD 1.x (`tiny`: of the same classes), weights random, bfloat16."""
+    from diffusers import (
+        AutoencoderKL,
+        PNDMScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    from esd_fast.demo import model_path
+
+    # the embedded model's words: a real CLIP vocabulary is not ours to ship, and none is needed
+    tokenizer = CLIPTokenizer.from_pretrained(
+        model_path(), subfolder="tokenizer", model_max_length=77
+    )
+    width = 64 if tiny else 768
+    channels = (32, 64, 64, 64) if tiny else (320, 640, 1280, 1280)
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer) if tiny else 49408,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=2 if tiny else 12,
+        num_attention_heads=width // 64,
+        max_position_embeddings=77,
+        projection_dim=width,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    vae_channels = (32, 32, 32, 32) if tiny else (128, 256, 512, 512)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            sample_size=64,
+            block_out_channels=channels,
+            cross_attention_dim=width,
+            attention_head_dim=8,
+        )
+        text_encoder = CLIPTextModel(text)
+        vae = AutoencoderKL(
+            block_out_channels=vae_channels,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=1 if tiny else 2,
+            sample_size=512,
+        )
+    pipeline = StableDiffusionPipeline(
+        vae=filled(vae),
+        text_encoder=filled(text_encoder),
+        tokenizer=tokenizer,
+        unet=filled(unet),
+        scheduler=PNDMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            skip_prk_steps=True,
+            steps_offset=1,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+
+
+def filled(module: torch.nn.Module) -> torch.nn.Module:
+    """Off the meta device, in bfloat16, with random weights small enough to stay finite."""
+    module = module.to(torch.bfloat16).to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in module.named_parameters():
+        with torch.no_grad():
+            if parameter.dim() > 1:
+                fan_in = math.prod(parameter.shape[1:])
+                parameter.normal_(0, fan_in**-0.5, generator=generator)
+            else:
+                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+    for name, buffer in module.named_buffers():
+        if name.endswith("position_ids"):
+            buffer.copy_(torch.arange(buffer.shape[-1]).expand(buffer.shape))
+    return module
+
+
+def plot(rows: Sequence[Row], figure: Figure) -> None:
+    """Passes, seconds and memory, side by side."""
+    shown = {
+        "UNet passes": [r.unet_passes for r in rows],
+        "seconds": [r.seconds for r in rows],
+        "peak memory, GB": [(r.peak_memory_bytes or 0) / 1e9 for r in rows],
+    }
+    names = [r.contestant for r in rows]
+    for axes, (title, values) in zip(figure.subplots(1, 3), shown.items(), strict=True):
+        axes.bar(names, values, color=[f"C{i}" for i in range(len(names))])
+        axes.set(title=title)

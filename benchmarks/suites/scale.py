@@ -1,0 +1,126 @@
+"""How time and memory of an erasure grow: with iterations, batch and resolution.
+
+Iterations and batch on the embedded model; every cell is a fresh process, and the cells of one
+question are measured in turn, `REPEATS` times. Samples are iterations x batch: seconds should grow in
+proportion to them, memory not at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from measure import Settings, Timing, in_fresh_process, peak, reset_peak
+from rows import Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+REPEATS = 3
+USUAL: dict[str, Any] = {"iterations": 100, "batch_size": 1, "resolution": 64}
+QUESTIONS: dict[str, tuple[int, ...]] = {
+    "iterations": (50, 100, 200, 400, 800),
+    "batch_size": (1, 2, 4, 8),
+    "resolution": (64, 96, 128, 192, 256),
+}
+# asked for, and of a feature that is not there: the row says so
+LATER = {"concepts": "n/a: one concept a run until several are supported"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    question: str
+    value: int
+    device: str
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {**USUAL, self.question: self.value}
+
+    @property
+    def samples(self) -> int:
+        return int(self.settings["iterations"] * self.settings["batch_size"])
+
+
+def run(settings: Settings) -> Iterator[Row]:
+    repeats = 1 if settings.quick else REPEATS
+    for question, values in QUESTIONS.items():
+        chosen = values[:2] if settings.quick else values
+        cells = [Cell(question, value, settings.device) for value in chosen]
+        if settings.quick:
+            cells = [
+                dataclasses.replace(c, value=c.value // 10 or 1) if question == "iterations" else c
+                for c in cells
+            ]
+        found: dict[Cell, list[dict[str, Any]]] = {cell: [] for cell in cells}
+        for _ in range(repeats):
+            for cell in cells:
+                found[cell].append(in_fresh_process(measure, cell))
+        for cell, measured in found.items():
+            yield row_of(cell, measured)
+    for question, why in LATER.items():
+        yield Row("scale", question, "esd_fast", device=settings.device, note=why)
+
+
+def measure(cell: Cell) -> dict[str, Any]:
+    """One erasure from a loaded pipeline, in a process of its own."""
+    from diffusers import StableDiffusionPipeline
+
+    import esd_fast
+    from esd_fast.commands.console import keep_pages, quiet_libraries
+    from esd_fast.demo import model_path
+
+    keep_pages()
+    quiet_libraries()
+    cuda = torch.device(cell.device).type == "cuda"
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        model_path(), dtype=torch.bfloat16 if cuda else torch.float32, safety_checker=None
+    ).to(cell.device)
+    loaded = reset_peak(cell.device)
+    started = time.perf_counter()
+    erasure = esd_fast.erase(pipeline, "cat", **cell.settings)
+    if cuda:
+        torch.cuda.synchronize(cell.device)
+    return {
+        "seconds": time.perf_counter() - started,
+        "unet_passes": erasure.manifest["unet_passes"]["total"],
+        "peak_memory_bytes": peak(cell.device),
+        "loaded_memory_bytes": loaded,
+        "dtype": str(pipeline.unet.dtype).removeprefix("torch."),
+    }
+
+
+def row_of(cell: Cell, measured: Sequence[dict[str, Any]]) -> Row:
+    timing = Timing(tuple(m["seconds"] for m in measured), measured[0]["seconds"])
+    columns = timing.columns() | {"first_seconds": None}
+    return Row(
+        suite="scale",
+        case=f"{cell.question}={cell.value}",
+        contestant="esd_fast",
+        device=cell.device,
+        dtype=measured[0]["dtype"],
+        samples_per_second=cell.samples / timing.median,
+        unet_passes=measured[0]["unet_passes"],
+        peak_memory_bytes=max(m["peak_memory_bytes"] for m in measured),
+        loaded_memory_bytes=int(statistics.median(m["loaded_memory_bytes"] for m in measured)),
+        **columns,
+    )
+
+
+def plot(rows: Sequence[Row], figure: Figure) -> None:
+    """Seconds (left axis) and memory above the loaded model (right) against each question."""
+    for axes, question in zip(figure.subplots(1, len(QUESTIONS)), QUESTIONS, strict=True):
+        mine = [r for r in rows if r.case.startswith(question + "=") and r.seconds]
+        values = [int(r.case.partition("=")[2]) for r in mine]
+        axes.plot(values, [r.seconds for r in mine], marker="o", color="C0")
+        axes.set(xlabel=question, ylabel="seconds", ylim=(0, None), xlim=(0, None))
+        memory = axes.twinx()
+        extra = [((r.peak_memory_bytes or 0) - (r.loaded_memory_bytes or 0)) / 2**20 for r in mine]
+        memory.plot(values, extra, marker="s", color="C1")
+        memory.set(ylabel="MiB above the loaded model", ylim=(0, None))
+        axes.grid(alpha=0.3)
