@@ -1,0 +1,269 @@
+"""Every operator of esd_fast.ops, forward and gradient, against plain torch and a plain copy.
+
+`esd_fast` is the operator as it is called, by the path that it chose (the note says which); the other paths that
+exist on the device run through the same public function. `eager` is what one writes without the package, `compiled`
+the same under torch.compile. `copy` moves as many bytes as the operator must at least, and is the floor.
+
+The numbers are small enough to stay in a cache, for the copy as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from measure import Settings, Timing, inner_calls, interleaved
+from rows import Row
+from torch import Tensor
+from torch.nn import functional as F
+
+from esd_fast import ops
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SD1, SDXL = (4, 64, 64), (4, 128, 128)  # one sample's latents at 512 and at 1024 pixels
+LATENTS = ((1, *SD1), (4, *SD1), (1, *SDXL), (8, *SDXL))
+DTYPES = (torch.float32, torch.bfloat16)
+REPEATS, LEAST = 15, 1e-2  # measurements, and the seconds that each takes about
+
+
+@dataclass(frozen=True)
+class Operator:
+    """How one operator is measured. `ours` and `eager` take what `arguments` makes and return the output;
+    the gradients of those arguments that require one are asked for besides."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    arguments: Callable[[tuple[int, ...], torch.dtype, str], tuple[Any, ...]]
+    ours: Callable[..., Tensor]
+    eager: Callable[..., Tensor]
+
+
+# --- guidance_loss ------------------------------------------------------------------------------------
+
+NEGATIVE_GUIDANCE = 2.0
+
+
+def guidance_arguments(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> tuple[Any, ...]:
+    """student, concept, null: the anchor is the concept, as in the default recipe."""
+    generator = torch.Generator().manual_seed(0)
+    made = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
+    student, concept, null = made
+    return student.requires_grad_(), concept, null
+
+
+def guidance_ours(student: Tensor, concept: Tensor, null: Tensor) -> Tensor:
+    return ops.guidance_loss(student, concept, concept, null, NEGATIVE_GUIDANCE)[0]
+
+
+def guidance_eager(student: Tensor, concept: Tensor, null: Tensor) -> Tensor:
+    """In float32, as the operator and the public scripts compute it."""
+    concept = concept.float()
+    target = concept - NEGATIVE_GUIDANCE * (concept - null.float())
+    return F.mse_loss(student.float(), target)
+
+
+OPERATORS: dict[str, Operator] = {
+    "guidance_loss": Operator(LATENTS, guidance_arguments, guidance_ours, guidance_eager),
+}
+
+
+# --- measuring ----------------------------------------------------------------------------------------
+
+
+def run(settings: Settings) -> Iterator[Row]:
+    """Compiling takes its time, so it comes last: a run that is stopped then has all the rest."""
+    for name in ops.paths(settings.device):
+        if name not in OPERATORS:
+            yield Row("kernels", name, "esd_fast", settings.device, note="not in OPERATORS yet")
+    cases = [
+        Case(name, shape, dtype, settings.device)
+        for name, operator in OPERATORS.items()
+        for shape in (operator.shapes[:1] if settings.quick else operator.shapes)
+        for dtype in DTYPES
+    ]
+    for case in cases:
+        yield from measure_case(case, settings.quick)
+    if on_cuda(settings.device):
+        for case in cases:
+            yield from measure_compiled(case, settings.quick)
+
+
+@dataclass(frozen=True)
+class Case:
+    operator: str  # of OPERATORS
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+
+    def row(self, contestant: str, **columns: Any) -> Row:
+        shape = "x".join(map(str, self.shape))
+        dtype = str(self.dtype).removeprefix("torch.")
+        name = f"{self.operator} {shape}"
+        return Row("kernels", name, contestant, self.device, dtype, **columns)
+
+    def call(self, function: Callable[..., Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+        """Forward and gradient by `function`, on the same numbers for everyone."""
+        operator = OPERATORS[self.operator]
+        arguments = operator.arguments(self.shape, self.dtype, self.device)
+        output = operator.eager(*arguments)
+        upstream = None if output.dim() == 0 else torch.randn_like(output)
+        return partial(forward_and_gradient, function, arguments, upstream)
+
+    def least_bytes(self) -> int:
+        """Every argument read once, every output and gradient written once."""
+        operator = OPERATORS[self.operator]
+        arguments = operator.arguments(self.shape, self.dtype, self.device)
+        return bytes_of(arguments, self.call(operator.eager)())
+
+
+def forward_and_gradient(
+    function: Callable[..., Tensor], arguments: tuple[Any, ...], upstream: Tensor | None
+) -> tuple[Tensor, ...]:
+    output = function(*arguments)
+    inputs = [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]
+    gradients = torch.autograd.grad(output, inputs, upstream) if inputs else ()
+    return output.detach(), *gradients
+
+
+def measure_case(case: Case, quick: bool) -> Iterator[Row]:
+    operator = OPERATORS[case.operator]
+    moved = case.least_bytes()
+    chosen, others, missing = paths_of(case.operator, case.device)
+    contestants: dict[str, Callable[[], object]] = {
+        "copy": copy_of(moved, case.device),
+        "eager": case.call(operator.eager),
+        "esd_fast": case.call(operator.ours),
+    }
+    for way in others:
+        contestants[way] = partial(through, way, case.call(operator.ours))
+    timings = timed(contestants, case.device, quick)
+    for name, timing in timings.items():
+        note = {"esd_fast": chosen, **others}.get(name, "")
+        yield case.row(name, note=note, **columns(timing, timings["copy"], moved))
+    for way, why in missing.items():
+        yield case.row(way, note=why)
+
+
+def measure_compiled(case: Case, quick: bool) -> Iterator[Row]:
+    torch.compiler.reset()  # else a second shape is compiled as one that varies
+    moved = case.least_bytes()
+    compiled = torch.compile(OPERATORS[case.operator].eager)
+    contestants = {"copy": copy_of(moved, case.device), "compiled": case.call(compiled)}
+    timings = timed(contestants, case.device, quick)
+    yield case.row("compiled", **columns(timings["compiled"], timings["copy"], moved))
+
+
+def columns(timing: Timing, copy: Timing, moved: int) -> dict[str, Any]:
+    return {
+        **timing.columns(),
+        "over_floor": timing.median / copy.median,
+        "gigabytes_per_second": moved / timing.median / 1e9,
+    }
+
+
+def timed(
+    contestants: dict[str, Callable[[], object]], device: str, quick: bool
+) -> dict[str, Timing]:
+    """The first call of all is timed before it is known how many calls make a measurement."""
+    repeats, least = (2, 1e-3) if quick else (REPEATS, LEAST)
+    first = interleaved(contestants, device, repeats=0)
+    inner = min(inner_calls(call, device, least) for call in contestants.values())
+    timings = interleaved(contestants, device, repeats, inner)
+    return {name: Timing(timing.seconds, first[name].first) for name, timing in timings.items()}
+
+
+def paths_of(name: str, device: str) -> tuple[str, dict[str, str], dict[str, str]]:
+    """The chosen path's full name; the others that work (way: full name); and why the rest does not."""
+    chosen = ops.path_of(name, device)
+    working, missing = {}, {}
+    for way in ("torch", "native", *(("triton",) if on_cuda(device) else ())):
+        full, implementation, why = ops._implementation(name, way, torch.device(device))
+        why = why or ops._why_wrong(name, implementation, torch.device(device))
+        if why:
+            missing[way] = why
+        elif full != chosen.name:
+            working[way] = full
+    return chosen.name, working, missing
+
+
+def through(way: str, call: Callable[[], object]) -> object:
+    """`call` with one way forced, as ESD_OPS does for a whole process."""
+    before, ops._FORCED = ops._FORCED, way
+    try:
+        return call()
+    finally:
+        ops._FORCED = before
+
+
+def bytes_of(*tensors: Sequence[Any]) -> int:
+    """Each tensor once."""
+    distinct = {id(t): t for group in tensors for t in group if isinstance(t, Tensor)}
+    return sum(t.numel() * t.element_size() for t in distinct.values())
+
+
+def copy_of(moved: int, device: str) -> Callable[[], object]:
+    """A copy that reads half of `moved` bytes and writes the other half."""
+    source = torch.zeros(max(1, moved // 2), dtype=torch.uint8, device=device)
+    return partial(torch.empty_like(source).copy_, source)
+
+
+def on_cuda(device: str) -> bool:
+    return torch.device(device).type == "cuda"
+
+
+# --- the chart ----------------------------------------------------------------------------------------
+
+COLOURS = {
+    "esd_fast": "#d55e00",
+    "eager": "#56b4e9",
+    "compiled": "#009e73",
+    "torch": "#bbbbbb",
+    "native": "#e69f00",
+    "triton": "#cc79a7",
+}
+
+
+def plot(rows: Sequence[Row], figure: Figure) -> None:
+    """How many times as long as a copy each contestant takes; a panel a dtype, a group a shape."""
+    shown = [r for r in rows if r.seconds and r.contestant != "copy"]
+    dtypes = list(dict.fromkeys(r.dtype for r in shown))
+    if not dtypes:
+        return
+    panels = figure.subplots(1, len(dtypes), sharey=True, squeeze=False)[0]
+    for axes, dtype in zip(panels, dtypes, strict=True):
+        bars(axes, [r for r in shown if r.dtype == dtype])
+        axes.set_title(dtype)
+    figure.set_figheight(max(4.0, 0.3 * len(shown) / len(dtypes)))
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.suptitle(f"forward and gradient on {shown[0].device}: 1 = a copy of the same bytes")
+
+
+def bars(axes: Axes, rows: Sequence[Row]) -> None:
+    cases = list(dict.fromkeys(r.case for r in rows))
+    contestants = [c for c in COLOURS if any(r.contestant == c for r in rows)]
+    height = 0.8 / len(contestants)
+    for i, contestant in enumerate(contestants):
+        mine = [r for r in rows if r.contestant == contestant]
+        places = [cases.index(r.case) + (i - (len(contestants) - 1) / 2) * height for r in mine]
+        drawn = axes.barh(
+            places,
+            [(r.over_floor or 1.0) - 1 for r in mine],
+            height * 0.92,
+            left=1,
+            color=COLOURS[contestant],
+            label=contestant,
+        )
+        axes.bar_label(drawn, [f"{r.over_floor:.1f}" for r in mine], padding=2, fontsize="x-small")
+    axes.set_yticks(range(len(cases)), [c.replace(" ", "\n", 1) for c in cases])
+    axes.set(xscale="log", xlabel="times a copy")
+    axes.axvline(1, color="black", linewidth=1)
+    axes.margins(x=0.15)
+    if not axes.yaxis_inverted():  # the axis is shared
+        axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,203 @@
+"""The suites kernels and step: their contestants do the same work, and the quick form gives sane rows."""
+
+import dataclasses
+
+import floor
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from measure import Settings
+from rows import Row
+from suites import kernels, step
+
+from esd_fast import ops
+from esd_fast.parameters import trainable_names
+
+# diffusers' Euler scheduler hands tensors to NumPy in a way that NumPy will not take for ever
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+QUICK = Settings(quick=True)
+
+
+def close(ours: torch.Tensor, truth: torch.Tensor, tolerance: float) -> bool:
+    difference = (ours.double() - truth.double()).norm()
+    return bool(difference <= tolerance * truth.double().norm())
+
+
+def sane(rows: list[Row]) -> None:
+    for row in rows:
+        assert row.note or row.seconds, row
+        if row.seconds_p10:  # a floor is a sum of medians
+            assert 0 < row.seconds_p10 <= row.seconds <= row.seconds_p90
+        if row.seconds:
+            assert row.seconds > 0
+            assert row.over_floor > 0
+            assert row.repeats >= 1
+
+
+def draw(suite: object, rows: list[Row]) -> object:
+    figures = pytest.importorskip("matplotlib.figure")
+    figure = figures.Figure(layout="constrained")
+    suite.plot(rows, figure)
+    figure.canvas.draw()
+    return figure
+
+
+# --- kernels ------------------------------------------------------------------------------------------
+
+
+def test_every_operator_is_measured():
+    assert set(kernels.OPERATORS) == set(ops.paths("cpu"))
+
+
+@pytest.mark.parametrize("name", kernels.OPERATORS)
+@pytest.mark.parametrize("dtype", kernels.DTYPES)
+def test_the_operator_and_plain_torch_compute_the_same(name, dtype):
+    operator = kernels.OPERATORS[name]
+    case = kernels.Case(name, (2, 4, 8, 8), dtype, "cpu")
+    ours, eager = case.call(operator.ours)(), case.call(operator.eager)()
+    assert len(ours) > 1, "gradients belong to it"
+    assert [x.shape for x in ours] == [x.shape for x in eager]
+    for x, y in zip(ours, eager, strict=True):
+        assert x.dtype == y.dtype
+        assert close(x, y, 8 * torch.finfo(y.dtype).eps)
+
+
+def test_bytes_of_counts_each_tensor_once():
+    x, y = torch.zeros(10), torch.zeros(10, dtype=torch.bfloat16)
+    assert kernels.bytes_of((x, x, 1.0), (y,)) == 40 + 20
+
+
+def test_guidance_loss_reads_three_and_writes_one():
+    case = kernels.Case("guidance_loss", (2, 4, 8, 8), torch.bfloat16, "cpu")
+    assert case.least_bytes() == 4 * (2 * 4 * 8 * 8) * 2 + 4  # the loss is a float32
+
+
+def test_a_forced_way_is_forced_for_the_call_alone():
+    before = ops._FORCED
+    assert kernels.through("torch", lambda: ops._FORCED) == "torch"
+    assert before == ops._FORCED
+
+
+def test_kernels_quick():
+    rows = list(kernels.run(QUICK))
+    sane(rows)
+    for name in kernels.OPERATORS:
+        for dtype in ("float32", "bfloat16"):
+            mine = {r.contestant: r for r in rows if r.case.startswith(name) and r.dtype == dtype}
+            # what torch runs and what the native module runs are there once each, or a reason is
+            assert {"copy", "eager", "esd_fast"} < set(mine)
+            assert len(mine) == 4
+            assert mine["copy"].over_floor == 1
+            assert mine["esd_fast"].note == ops.path_of(name).name
+            assert all(r.seconds is None for r in mine.values() if "not built" in r.note)
+    assert draw(kernels, rows).axes
+
+
+# --- step ---------------------------------------------------------------------------------------------
+
+
+def job(family: str) -> step.Job:
+    return step.Job(family, 64, "cpu", torch.float32, quick=True)
+
+
+@pytest.mark.parametrize("family", step.FAMILIES)
+def test_guided_steps_are_the_same(family):
+    work = step.work_on(step.built(job(family)), job(family))
+    ours, eager = step.guided_esd_fast(work), step.guided_eager(work)
+    for _ in range(3):
+        assert close(ours(), eager(), 1e-4)
+
+
+@pytest.mark.parametrize("family", step.FAMILIES)
+def test_fit_steps_are_the_same(family):
+    unet = step.built(job(family))
+    work = step.work_on(unet, job(family))
+    start = {name: p.detach().clone() for name, p in work.trained().items()}
+    ours = step.fit_esd_fast(work)()
+    moved = {name: p.detach().clone() for name, p in work.trained().items()}
+    for name, parameter in work.trained().items():
+        parameter.data.copy_(start[name])
+    assert step.fit_eager(work)() == pytest.approx(ours.loss, rel=1e-5)
+    changed = 0
+    for name, parameter in work.trained().items():
+        assert close(parameter - start[name], moved[name] - start[name], 0.05), name
+        changed += not torch.equal(parameter, start[name])
+    assert changed == len(start) > 0
+    assert all("attn2" in name for name in start)
+
+
+# upstream's own numbers: parameters, those of esd-x, and multiplications of one forward
+@pytest.mark.parametrize(
+    ("family", "pixels", "parameters", "trained", "products"),
+    [
+        ("sd1", 512, 859.5e6, 43.96e6, 401.6e9),
+        ("sd2", 512, 865.9e6, None, None),
+        ("sdxl", 1024, 2567e6, 545.7e6, 3381e9),
+    ],
+)
+def test_full_size_is_the_published_size(family, pixels, parameters, trained, products):
+    """On the meta device: nothing is computed."""
+    meta = step.Job(family, pixels, "meta", torch.float32, quick=False)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**meta.unet_config)
+    sizes = {name: p.numel() for name, p in unet.named_parameters()}
+    assert sum(sizes.values()) == pytest.approx(parameters, rel=1e-3)
+    if trained:
+        names = trainable_names(unet, "esd-x")
+        assert sum(sizes[n] for n in names) == pytest.approx(trained, rel=1e-3)
+    if products:
+        work = step.work_on(unet, meta)
+        one = (work.samples.latents, work.samples.timesteps, work.prompts["concept"])
+        with torch.no_grad():
+            recorder = floor.record(lambda: step.asked_plainly(unet, *one))
+        assert recorder.flops / 2 == pytest.approx(products, rel=2e-3)
+
+
+def test_step_quick():
+    rows = list(step.run(QUICK))
+    sane(rows)
+    assert len(rows) == len(step.FAMILIES) * len(step.STEPS) * 3
+    for kind in step.STEPS:
+        floors = {r.case: r.seconds for r in rows if r.contestant == "floor"}
+        for row in (r for r in rows if r.case.endswith(kind) and r.contestant != "floor"):
+            assert row.over_floor == pytest.approx(row.seconds / floors[row.case])
+            assert row.unet_passes == 2
+            assert row.tflops > 0
+            assert row.samples_per_second == pytest.approx(1 / row.seconds)
+            assert row.first_seconds > 0
+    done = dataclasses.replace(QUICK, done=tuple(rows))
+    assert list(step.run(done)) == []
+    assert len(draw(step, rows).axes) == 2
+
+
+@pytest.mark.parametrize("contestant", ["esd_fast", "eager"])
+def test_alone(contestant):
+    found = step.all_alone(job("sd1"), contestant, torch.get_num_threads())
+    assert list(found) == list(step.STEPS)
+    for of_kind in found.values():
+        assert of_kind.peak_memory_bytes >= of_kind.loaded_memory_bytes > 0
+        assert of_kind.first_seconds > 0
+
+
+def test_too_little_memory_is_said_before(monkeypatch):
+    monkeypatch.setattr(step, "available_memory", lambda: 2**30)
+    full = dataclasses.replace(job("sdxl"), quick=False, dtype=torch.bfloat16)
+    rows = list(step.measure_job(full, ("esd_fast", "eager")))
+    assert [r.seconds for r in rows] == [None] * 4
+    assert all("needs about" in r.note for r in rows)
+
+
+def test_running_out_of_memory_loses_only_what_is_missing(monkeypatch):
+    one = job("sd1")
+
+    def measured(*_: object):
+        yield Row("step", one.case("guided step"), "eager", seconds=1.0)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.\nMore words")
+
+    monkeypatch.setattr(step, "measured", measured)
+    there, *missing = step.measure_job(one, ("esd_fast", "eager"))
+    assert there.seconds == 1
+    assert [r.case for r in missing] == [one.case("fit step")] * 2
+    assert [r.contestant for r in missing] == ["esd_fast", "eager"]
+    assert all(r.note.endswith("Tried to allocate 1 GiB.") for r in missing)
