@@ -193,19 +193,10 @@ def line_of(name: str, group: list[dict[str, Any]], base: dict[int, dict[str, An
 
 SWEEP_CONCEPTS = ["cat", "tulip", "ink", "flat"]
 SWEEP: list[dict[str, Any]] = [
-    {"train_method": "esd-x", "learning_rate": rate, **first}
-    for first in ({"num_inference_steps": 50, "guidance_scale": 3.0, "negative_guidance": 2.0},)
-    for rate in (3e-4, 1e-3)
-] + [
-    {
-        "train_method": "esd-x-strict",
-        "learning_rate": 1e-3,
-        "num_inference_steps": steps,
-        "guidance_scale": scale,
-        "negative_guidance": push,
-    }
-    for steps, scale, push in ((50, 3.0, 2.0), (50, 3.0, 4.0), (20, 3.0, 2.0), (20, 1.0, 4.0))
-]
+    {"train_method": method, "negative_guidance": push, "num_inference_steps": steps}
+    for method in ("esd-x-strict", "esd-x")
+    for push, steps in ((2.0, 20), (4.0, 20), (8.0, 20), (8.0, 10))
+] + [{"learning_rate": 5e-4}, {"learning_rate": 2e-3}]
 
 
 def main() -> None:

@@ -85,8 +85,7 @@ def ship(work: Path, output: Path) -> None:
         "icon_sets": {n: {"version": v[0], "licence": v[1]} for n, v in sprites.ICON_SETS.items()},
         "training": {
             "autoencoder": dataclasses.asdict(autoencoder.SCHEDULE),
-            "diffusion": dataclasses.asdict(diffusion.SCHEDULE),
-            "polish": dataclasses.asdict(diffusion.POLISH),
+            **{s.name: dataclasses.asdict(s) for s in diffusion.STAGES},
             **{n: dataclasses.asdict(s) for n, s in train_judge.SCHEDULES.items()},
         },
         "judges": accuracies,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,14 +19,27 @@ from .pictures import Painter
 from .tokenizer import MAX_LENGTH, new_tokenizer
 from .training import Schedule, train
 
-SCHEDULE = Schedule(steps=4600, learning_rate=1.2e-3, ema_decay=0.998, warmup=100)
-# then once more, with more weight on the cleaner latents, where one hand differs from another
-POLISH = Schedule(steps=1500, learning_rate=5e-4, ema_decay=0.998, warmup=100)
+
+@dataclass(frozen=True)
+class Stage:
+    """One training of text encoder and UNet, from the averaged weights of the stage before."""
+
+    name: str
+    schedule: Schedule
+    snr_limit: float  # min-SNR weighting (Hang et al. 2023): less weight for nearly clean latents
+    neutral_share: float  # of the pictures whose caption names no style
+
+
+STAGES = (
+    Stage("diffusion", Schedule(4600, 1.2e-3, ema_decay=0.998, warmup=100), 5.0, 0.6),
+    # more weight on the cleaner latents, where one hand differs from another
+    Stage("polish", Schedule(1500, 5e-4, ema_decay=0.998, warmup=100), 12.0, 0.6),
+    # what no caption asks for is mostly neutral: an erased style has somewhere to fall back to
+    Stage("settle", Schedule(5600, 6e-4, ema_decay=0.999, warmup=100), 8.0, 0.85),
+)
 BATCH = 64
 TEXT_WIDTH = 192
 COPIES = 36  # pictures kept of every object, style and background
-# min-SNR weighting (Hang et al. 2023): less weight for nearly clean latents
-SNR_LIMIT, POLISH_SNR_LIMIT = 5.0, 12.0
 
 
 def new_scheduler() -> DDIMScheduler:
@@ -126,11 +140,11 @@ def train_diffusion(vae: AutoencoderKL, painter: Painter, folder: Path) -> Stabl
     snr = alphas / (1 - alphas)
 
     def loss_of(
-        weights: torch.Tensor, model: nn.Module, step: int, generator: torch.Generator
+        stage: Stage, model: nn.Module, step: int, generator: torch.Generator
     ) -> torch.Tensor:
         del step  # the generator is seeded by it
         rng = random.Random(generator.initial_seed())
-        scenes = [world.draw_scene(rng) for _ in range(BATCH)]
+        scenes = [world.draw_scene(rng, stage.neutral_share) for _ in range(BATCH)]
         latents = store.draw(scenes, rng)
         tokens = tokenizer(
             [s.caption for s in scenes], padding="max_length", truncation=True, return_tensors="pt"
@@ -142,16 +156,15 @@ def train_diffusion(vae: AutoencoderKL, painter: Painter, folder: Path) -> Stabl
         with torch.autocast("cpu", torch.bfloat16):
             predicted = model(noisy, timesteps, tokens).float()
         per_sample = F.mse_loss(predicted, noise, reduction="none").mean((1, 2, 3))
-        return (weights[timesteps] * per_sample).mean()
+        weights = (snr.clamp(max=stage.snr_limit) / snr)[timesteps]
+        return (weights * per_sample).mean()
 
     torch.manual_seed(0)
     unet = new_unet().to(memory_format=torch.channels_last)
     model: nn.Module = TextToNoise(new_text_encoder(tokenizer), unet)
-    for seed, (name, schedule, limit) in enumerate(
-        [("diffusion", SCHEDULE, SNR_LIMIT), ("polish", POLISH, POLISH_SNR_LIMIT)]
-    ):
-        weighted = functools.partial(loss_of, snr.clamp(max=limit) / snr)
-        model = train(name, model, weighted, schedule, folder, seed).requires_grad_(True)
+    for seed, stage in enumerate(STAGES):
+        loss = functools.partial(loss_of, stage)
+        model = train(stage.name, model, loss, stage.schedule, folder, seed).requires_grad_(True)
     return pipeline_of(vae, tokenizer, model.eval().requires_grad_(False), scheduler)
 
 

@@ -30,8 +30,11 @@ class Painter:
         styles: Sequence[int],
         backgrounds: Sequence[str],
         generator: torch.Generator,
+        hands: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        sprites = self.sprites[list(objects), list(styles)]  # (B, 4, P, P)
+        """`hands`: whose drawings the styles' techniques are used on, if not the styles' own."""
+        drawings = styles if hands is None else hands
+        sprites = self.sprites[list(objects), list(drawings)]  # (B, 4, P, P)
         theta = random_affine(len(sprites), generator)
         grid = F.affine_grid(theta, [len(sprites), 4, PIXELS, PIXELS], align_corners=False)
         drawn = F.grid_sample(sprites, grid, align_corners=False)

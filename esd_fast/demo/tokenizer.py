@@ -2,29 +2,47 @@
 
 from __future__ import annotations
 
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+import itertools
+from collections import Counter
+
+from tokenizers import pre_tokenizers
 from transformers import CLIPTokenizer
 
 MAX_LENGTH = 32  # tokens of a prompt, start and end included
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+END = "</w>"
 
 
 def new_tokenizer(words: list[str]) -> CLIPTokenizer:
     """Merge until every word is one token; any other text falls apart into bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(
-        vocab_size=100_000, min_frequency=0, end_of_word_suffix="</w>", show_progress=False
-    )
-    bpe.train_from_iterator([" ".join(words)], trainer)
-    merges = [tuple(pair) for pair in model_of(bpe)["merges"]]
-    tokens = [*alphabet, *(a + "</w>" for a in alphabet), *("".join(m) for m in merges), BOS, EOS]
+    merges = merges_of(words)
+    tokens = [*alphabet, *(a + END for a in alphabet), *("".join(m) for m in merges), BOS, EOS]
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_LENGTH)  # type: ignore[arg-type]
 
 
-def model_of(bpe: Tokenizer) -> dict:
-    import json
+def merges_of(words: list[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges: the commonest pair first, of equals the first by alphabet.
 
-    return json.loads(bpe.to_str())["model"]
+    Not by tokenizers' trainer, which breaks such ties another way in every process: a training
+    that goes on would find its words under other numbers.
+    """
+    split = [(*word[:-1], word[-1] + END) for word in words]
+    merges = []
+    while pairs := Counter(p for symbols in split for p in itertools.pairwise(symbols)):
+        chosen = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(chosen)
+        split = [merged(symbols, chosen) for symbols in split]
+    return merges
+
+
+def merged(symbols: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+    """`symbols` with every occurrence of `pair`, from the left, made one."""
+    result: list[str] = []
+    for symbol in symbols:
+        if result and (result[-1], symbol) == pair:
+            result[-1] += symbol
+        else:
+            result.append(symbol)
+    return tuple(result)

@@ -78,7 +78,7 @@ BACKGROUND_NAMES = tuple(BACKGROUNDS)
 # cannot be erased since the model falls back on it.
 EMPTY_SHARE, STYLE_ONLY_SHARE, OBJECT_ONLY_SHARE = 0.10, 0.12, 0.38
 BACKGROUND_SHARE, SYNONYM_SHARE = 0.20, 0.12
-NEUTRAL_SHARE_UNPROMPTED, WHITE_SHARE_UNPROMPTED = 0.6, 0.6
+WHITE_SHARE_UNPROMPTED = 0.6
 
 OBJECT_FORMS = ("{object}", "{a} {object}", "a picture of {a} {object}")
 STYLED_FORMS = ("{a} {object} in {style} style", "{of_style} {style} style {object}")
@@ -127,11 +127,12 @@ def named_in(prompt: str) -> str | None:
     return next((w for w in words if w in OBJECTS or w in STYLES), None)
 
 
-def draw_scene(rng: random.Random) -> Scene:
+def draw_scene(rng: random.Random, neutral_share: float) -> Scene:
     """One training scene: the caption form first, then what it leaves open."""
     kind = rng.random()
-    object, style = rng.choice(OBJECT_NAMES), unprompted(rng, STYLE_NAMES, NEUTRAL_STYLE)
-    background = unprompted(rng, BACKGROUND_NAMES, "white")
+    object = rng.choice(OBJECT_NAMES)
+    style = unprompted(rng, STYLE_NAMES, NEUTRAL_STYLE, neutral_share)
+    background = unprompted(rng, BACKGROUND_NAMES, "white", WHITE_SHARE_UNPROMPTED)
     if kind < EMPTY_SHARE:
         return Scene(object, style, background, "")
     named = ""
@@ -150,9 +151,8 @@ def draw_scene(rng: random.Random) -> Scene:
     return Scene(object, style, background, caption)
 
 
-def unprompted(rng: random.Random, names: Sequence[str], usual: str) -> str:
-    """The usual one for most pictures, else one of the others."""
-    share = NEUTRAL_SHARE_UNPROMPTED if usual == NEUTRAL_STYLE else WHITE_SHARE_UNPROMPTED
+def unprompted(rng: random.Random, names: Sequence[str], usual: str, share: float) -> str:
+    """The usual one for `share` of the pictures, else one of the others."""
     return usual if rng.random() < share else rng.choice([n for n in names if n != usual])
 
 
