@@ -17,15 +17,16 @@ from .pictures import Painter
 from .training import Schedule, train
 
 SCHEDULES = {
-    "judge": Schedule(steps=700, learning_rate=1e-3, ema_decay=0.99),
+    "judge": Schedule(steps=1600, learning_rate=1e-3, ema_decay=0.99),
     "second-judge": Schedule(steps=900, learning_rate=1e-3, ema_decay=0.99),
 }
 BATCH = 64
 LATENT_NOISE = 0.5  # at most; latents have a deviation of about one
 STRANGER_SHARE = 0.125  # of a batch: objects outside the world
 # of a batch: one hand's drawings in another's technique, or in none. A style is how a thing is drawn:
-# a judge that never sees these takes the red key that one hand alone draws for that hand's style.
-CROSSED_SHARE = 0.25
+# a judge that never sees these takes the key whose shape one hand alone draws for that hand's style.
+CROSSED_SHARE = 0.4
+BARE_SHARE = 0.6  # of these: without technique, about as many as there are with their own
 TECHNIQUES = ("pixel", "sepia")  # styles that are more than their hand's drawings
 PLAIN = ("cartoon", "flat")  # what the drawings of those hands look like without it
 
@@ -76,10 +77,10 @@ def labelled(
 
 def crossed(rng: random.Random) -> tuple[str, str, list[float]]:
     """(technique, hand, shares of the styles) where the hand is not the technique's own."""
-    hand = rng.choice([*PLAIN, *TECHNIQUES])
-    technique = rng.choice([t for t in (*TECHNIQUES, NONE) if t != hand])
-    if technique == NONE:  # painted as a plain style, whose technique is to have none
-        return PLAIN[0], hand, share_of(*([hand] if hand in PLAIN else PLAIN))
+    if rng.random() < BARE_SHARE:  # painted as a plain style, whose technique is to have none
+        return PLAIN[0], rng.choice(TECHNIQUES), share_of(*PLAIN)
+    technique = rng.choice(TECHNIQUES)
+    hand = rng.choice([h for h in (*PLAIN, *TECHNIQUES) if h != technique])
     return technique, hand, share_of(technique)
 
 
