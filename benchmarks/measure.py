@@ -150,9 +150,8 @@ def machine(device: str) -> dict[str, Any]:
     return {
         "commit": commit(),
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(
-            ["python", *(Path(a).name if a == sys.argv[0] else a for a in sys.argv)]
-        ),
+        # paths by their last part: where somebody's folders lie is nobody's business
+        "command": " ".join(["python", *(Path(a).name if "/" in a else a for a in sys.argv)]),
         "machine": device_name(device),
         "threads": torch.get_num_threads(),
         "versions": found,

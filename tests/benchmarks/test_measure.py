@@ -49,8 +49,12 @@ def test_a_fresh_process_does_not_inherit_memory():
     assert theirs < peak("cpu") - mine.nbytes / 2
 
 
-def test_machine_says_what_a_reader_needs():
+def test_machine_says_what_a_reader_needs(monkeypatch):
+    monkeypatch.setattr(
+        "sys.argv", ["/home/me/benchmarks/run.py", "step", "--output", "/home/me/x"]
+    )
     about = machine("cpu")
+    assert about["command"] == "python run.py step --output x"
     assert about["versions"]["torch"] == torch.__version__
     assert {"commit", "date", "command", "machine", "threads"} <= set(about)
     assert "cores" in about["machine"]
