@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from esd_fast.commands.console import peak_memory_bytes, resident_bytes
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -116,25 +118,12 @@ def reset_peak(device: str | torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     Path("/proc/self/clear_refs").write_text("5")
-    return resident("VmRSS")
+    return resident_bytes("VmRSS")
 
 
 def peak(device: str | torch.device) -> int:
-    """Bytes: the CUDA allocator's peak, or the resident peak of this process since reset_peak.
-
-    Not ru_maxrss, which a child inherits from the process that started it.
-    """
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device)
-    return resident("VmHWM")
-
-
-def resident(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
+    """Bytes: the CUDA allocator's peak, or the resident peak of this process since reset_peak."""
+    return peak_memory_bytes(device)
 
 
 # --- where ------------------------------------------------------------------------------------------

@@ -40,6 +40,19 @@ class Row:
     CRA: float | None = None  # share recognised: concepts of the other domain
     note: str = ""  # which path ran, or why there is no number
 
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What was measured; two rows with one key are two measurements of the same."""
+        return (
+            self.suite,
+            self.case,
+            self.contestant,
+            self.device,
+            self.dtype,
+            self.concept,
+            self.seed,
+        )
+
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
 
@@ -61,6 +74,10 @@ def write_json(rows: Sequence[Row], machine: dict[str, Any], path: Path) -> None
 def read_json(path: Path) -> list[Row]:
     table = json.loads(path.read_text())["rows"]
     return [Row(**{c: r[c] for c in COLUMNS if c in r}) for r in table]
+
+
+def read_machine(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())["machine"]
 
 
 @contextlib.contextmanager

@@ -18,12 +18,13 @@ import dataclasses
 import importlib
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # where esd_fast is not installed, the source folder serves
 
 from measure import Settings, machine
-from rows import Row, read_json, show, write_csv, write_json
+from rows import Row, read_json, read_machine, show, write_csv, write_json
 
 SUITES = ("kernels", "step", "erase", "scale", "full-size")
 
@@ -32,19 +33,29 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
     settings = settings_of(arguments)
     about = machine(settings.device)
-    done = read_json(arguments.json) if arguments.resume else []
-    everything: list[Row] = list(done)
+    rows: dict[object, Row] = {}
+    if arguments.resume:
+        check_same(about, read_machine(arguments.json), arguments.json)
+        rows = {r.key: r for r in read_json(arguments.json)}
+    settings = dataclasses.replace(settings, done=tuple(rows.values()))
     for name in SUITES if arguments.suite == "all" else (arguments.suite,):
         suite = importlib.import_module("suites." + name.replace("-", "_"))
-        kind = "sweep" if arguments.sweep else "run"
-        fresh: list[Row] = []
-        for row in getattr(suite, kind)(dataclasses.replace(settings, done=tuple(done))):
-            fresh.append(row)
-            everything.append(row)
+        for row in (suite.sweep if arguments.sweep else suite.run)(settings):
+            rows[row.key] = row  # a suite may measure again what was there
             print(f"{row.suite} {row.case}: {row.contestant}", file=sys.stderr)
             if arguments.json:  # what is measured is kept, whatever comes next
-                write_json(everything, about, arguments.json)
-        report(name, suite, [r for r in done if r.suite in suites_of(name)] + fresh, arguments)
+                write_json(list(rows.values()), about, arguments.json)
+        report(name, suite, [r for r in rows.values() if r.suite in suites_of(name)], arguments)
+
+
+def check_same(now: dict[str, Any], then: dict[str, Any], file: Path) -> None:
+    """One file tells of one machine and one commit: its rows are compared with each other."""
+    for what in ("commit", "machine", "threads", "versions"):
+        if now[what] != then.get(what):
+            raise SystemExit(
+                f"--resume: {file} was measured with {what} {then.get(what)}, this is {now[what]}; "
+                "name another --json file"
+            )
 
 
 def report(name: str, suite: object, rows: list[Row], arguments: argparse.Namespace) -> None:

@@ -2,14 +2,14 @@
 
 Every run is a fresh process. Seconds and memory span a loaded pipeline to the finished erasure;
 drawing and judging come after. Contestants take turns on every concept and seed, and every one
-trains at the learning rate that was best for it in the committed sweep (`--sweep`).
+trains at the learning rate that was best for it in the committed sweep (`--sweep`); a row says so
+where there is none yet.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from measure import Settings, in_fresh_process, peak, reset_peak
-from rows import Row
+from rows import Row, read_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -88,11 +88,15 @@ def sweep(settings: Settings) -> Iterator[Row]:
 
 def measured(plan: Sequence[Job], settings: Settings) -> Iterator[Row]:
     have = {(r.suite, r.contestant, r.concept, r.seed, r.case) for r in settings.done}
+    swept = swept_rates()
     for job in plan:
         suite = "curve" if job.snapshots else "erase"
         cases = [f"{n} iterations" for n in job.snapshots] or [job.case]
         if not all((suite, job.contestant, job.concept, job.seed, c) in have for c in cases):
-            yield from in_fresh_process(measure, job)
+            note = "" if job.contestant in swept else "learning rate not swept"
+            yield from (
+                dataclasses.replace(row, note=note) for row in in_fresh_process(measure, job)
+            )
 
 
 def jobs(settings: Settings) -> Iterator[Job]:
@@ -138,24 +142,20 @@ def turns(contestants: Sequence[str], turn: int) -> list[str]:
     return list(contestants) if turn % 2 == 0 else list(reversed(contestants))
 
 
-def best_rates(file: Path = SWEEP_FILE) -> dict[str, float]:
-    """By contestant: the rate with the best mean of UA, IRA and CRA in the sweep.
+def best_rates() -> dict[str, float]:
+    """The swept rate of every contestant; its middle one, which rows then say, where there is none."""
+    middle = {name: rates[len(rates) // 2] for name, rates in SWEEP_RATES.items()}
+    return middle | swept_rates()
 
-    Where a contestant has not been swept, its middle rate.
-    """
-    best = {name: rates[len(rates) // 2] for name, rates in SWEEP_RATES.items()}
-    if not file.exists():
-        return best
-    table = json.loads(file.read_text())["rows"]
-    for name in best:
-        scores: dict[float, list[float]] = {}
-        for row in table:
-            if row["contestant"] == name:
-                rate = float(row["case"].removeprefix("learning_rate="))  # Job.case
-                scores.setdefault(rate, []).append(row["UA"] + row["IRA"] + row["CRA"])
-        if scores:
-            best[name] = max(scores, key=lambda rate: statistics.mean(scores[rate]))
-    return best
+
+def swept_rates(file: Path = SWEEP_FILE) -> dict[str, float]:
+    """By contestant: the rate with the best mean of UA, IRA and CRA in the committed sweep."""
+    scores: dict[str, dict[float, list[float]]] = {}
+    for row in read_json(file) if file.exists() else ():
+        rate = float(row.case.removeprefix("learning_rate="))  # Job.case
+        rates = scores.setdefault(row.contestant, {})
+        rates.setdefault(rate, []).append(sum(getattr(row, n) for n in ("UA", "IRA", "CRA")))
+    return {n: max(r, key=lambda rate: statistics.mean(r[rate])) for n, r in scores.items()}
 
 
 # --- one run ----------------------------------------------------------------------------------------

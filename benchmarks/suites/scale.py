@@ -7,7 +7,6 @@ proportion to them, memory not at all.
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -28,6 +27,7 @@ QUESTIONS: dict[str, tuple[int, ...]] = {
     "batch_size": (1, 2, 4, 8),
     "resolution": (64, 96, 128, 192, 256),
 }
+QUICK = {"iterations": (5, 10), "batch_size": (1, 2), "resolution": (64, 96)}
 # asked for, and of a feature that is not there: the row says so
 LATER = {"concepts": "n/a: one concept a run until several are supported"}
 
@@ -49,14 +49,8 @@ class Cell:
 
 def run(settings: Settings) -> Iterator[Row]:
     repeats = 1 if settings.quick else REPEATS
-    for question, values in QUESTIONS.items():
-        chosen = values[:2] if settings.quick else values
-        cells = [Cell(question, value, settings.device) for value in chosen]
-        if settings.quick:
-            cells = [
-                dataclasses.replace(c, value=c.value // 10 or 1) if question == "iterations" else c
-                for c in cells
-            ]
+    for question, values in (QUICK if settings.quick else QUESTIONS).items():
+        cells = [Cell(question, value, settings.device) for value in values]
         found: dict[Cell, list[dict[str, Any]]] = {cell: [] for cell in cells}
         for _ in range(repeats):
             for cell in cells:

@@ -6,6 +6,7 @@ import ctypes
 import resource
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -77,7 +78,18 @@ def peak_memory_bytes(device: Any) -> int:
     """CUDA: the allocator's peak. Elsewhere: the process's resident peak."""
     import torch
 
-    if device.type == "cuda":
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
         return int(torch.cuda.max_memory_allocated(device))
-    kilobyte = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte
+    try:
+        return resident_bytes("VmHWM")
+    except OSError:  # no /proc. Where there is one ru_maxrss would also count the starting process
+        kilobyte = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte
+
+
+def resident_bytes(field: str) -> int:
+    """VmRSS, resident now, or VmHWM, the most so far. Raises OSError where there is no /proc."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (x for x in lines if x.startswith(field + ":"))
+    return int(line.split()[1]) * 1024

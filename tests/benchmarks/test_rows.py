@@ -103,6 +103,7 @@ def test_best_rate_of_a_sweep(tmp_path):
         )
     ]
     write_json(rows, {}, tmp_path / "sweep.json")
-    best = erase.best_rates(tmp_path / "sweep.json")
-    assert (best["esd_fast"], best["reference"]) == (1e-3, 1e-4)
-    assert best["lora"] in erase.SWEEP_RATES["lora"]
+    best = erase.swept_rates(tmp_path / "sweep.json")
+    assert best == {"esd_fast": 1e-3, "reference": 1e-4}
+    assert erase.swept_rates(tmp_path / "missing.json") == {}
+    assert set(erase.best_rates()) == set(erase.SWEEP_RATES)

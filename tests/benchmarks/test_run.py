@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import run
+from rows import Row, read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,6 +32,27 @@ def test_refused_before_anything_is_measured(arguments, said, tmp_path, monkeypa
     (tmp_path / "there.json").write_text("{}")
     with pytest.raises(SystemExit, match=said):
         run.main(arguments)
+
+
+@pytest.mark.parametrize("what", ["commit", "machine", "threads", "versions"])
+def test_one_file_holds_one_commit_and_one_machine(what, tmp_path, monkeypatch):
+    """Else rows of an earlier commit would be written down as this one's."""
+    monkeypatch.chdir(tmp_path)
+    write_json([], run.machine("cpu") | {what: "another"}, tmp_path / "there.json")
+    with pytest.raises(SystemExit, match=f"{what} another"):
+        run.main(["kernels", "--resume", "--json", "there.json"])
+
+
+def test_what_is_measured_again_replaces_its_row(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "report", lambda *_: None)
+    suite = types.SimpleNamespace(run=lambda _: iter([Row("kernels", "x", "eager", seconds=2.0)]))
+    monkeypatch.setattr(run.importlib, "import_module", lambda _: suite)
+    other = Row("kernels", "y", "eager", seconds=3.0)
+    old = [Row("kernels", "x", "eager", seconds=1.0), other]
+    write_json(old, run.machine("cpu"), tmp_path / "rows.json")
+    run.main(["kernels", "--resume", "--json", "rows.json"])
+    assert [r.seconds for r in read_json(tmp_path / "rows.json")] == [2.0, 3.0]
 
 
 @pytest.mark.slow
