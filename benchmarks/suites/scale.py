@@ -18,6 +18,7 @@ from measure import Settings, Timing, in_fresh_process, peak, reset_peak
 from rows import Row
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 REPEATS = 3
@@ -111,10 +112,17 @@ def plot(rows: Sequence[Row], figure: Figure) -> None:
     for axes, question in zip(figure.subplots(1, len(QUESTIONS)), QUESTIONS, strict=True):
         mine = [r for r in rows if r.case.startswith(question + "=") and r.seconds]
         values = [int(r.case.partition("=")[2]) for r in mine]
-        axes.plot(values, [r.seconds for r in mine], marker="o", color="C0")
-        axes.set(xlabel=question, ylabel="seconds", ylim=(0, None), xlim=(0, None))
-        memory = axes.twinx()
+        draw(axes, values, [r.seconds or 0.0 for r in mine], "seconds", "C0")
+        axes.set(xlabel=question, xlim=(0, 1.1 * max(values, default=1)))
         extra = [((r.peak_memory_bytes or 0) - (r.loaded_memory_bytes or 0)) / 2**20 for r in mine]
-        memory.plot(values, extra, marker="s", color="C1")
-        memory.set(ylabel="MiB above the loaded model", ylim=(0, None))
+        draw(axes.twinx(), values, extra, "MiB above the loaded model", "C1")
         axes.grid(alpha=0.3)
+
+
+def draw(
+    axes: Axes, values: Sequence[int], heights: Sequence[float], name: str, colour: str
+) -> None:
+    """From zero, so that growth in proportion is a line through the corner."""
+    axes.plot(values, heights, marker="o", color=colour)
+    axes.set_ylabel(name, color=colour)
+    axes.set_ylim(0, 1.1 * max(heights, default=1.0))

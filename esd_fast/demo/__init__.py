@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-# The preset `fast` on this model, chosen by small trials (benchmarks/results/sweep): a model this
-# small needs, and bears, a larger learning rate than Stable Diffusion does.
+# The preset `fast` on this model, chosen by small trials (README says how far): a model this small
+# needs, and bears, a larger learning rate than Stable Diffusion does.
 RECIPE: dict[str, Any] = {
     "train_method": "esd-x-strict",
     "learning_rate": 1e-3,
