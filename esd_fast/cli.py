@@ -70,6 +70,7 @@ def add_train(commands: Any) -> None:
     say("--anchor", choices=CHOICES["anchor"], help="what the target starts from")
     say("--guidance-scale", type=float, metavar="X", help="of the rollout")
     say("--num-inference-steps", type=int, metavar="N", help="scheduler steps of a trajectory")
+    say("--keep-vocabulary", type=float, metavar="X", help="hold to other words' meaning; 0: off")
     say("--collect-batch-size", type=int, metavar="N", help="trajectories side by side")
     say("--resolution", type=int, metavar="PIXELS", help="default: the model's own")
     say("--seed", type=int, metavar="N", help="default: 0")

@@ -50,6 +50,9 @@ class EraseConfig:
     """Train on every state of a trajectory, or (the reference) on the last of a random length."""
     schedule: Literal["model", "paper", "paper-diffusers"] = "model"
     """Timesteps: the model's own scheduler, or the DDIM lists of the two published scripts."""
+    keep_vocabulary: float = 0.0
+    """How strongly the tokenizer's other words hold back updates of cross-attention's keys and
+    values (vocabulary.py); 0: not at all, as in the scripts; 1: as strongly as plain decay does."""
     collect_batch_size: int = 4
     """Trajectories side by side while collecting (the fused forward holds two or three times as
     many passes). Speed and memory, not the result, depend on it."""
@@ -92,6 +95,9 @@ class EraseConfig:
         check_number("learning_rate", self.learning_rate, above=0.0)
         check_number("negative_guidance", self.negative_guidance)
         check_number("guidance_scale", self.guidance_scale)
+        check_number("keep_vocabulary", self.keep_vocabulary)
+        if self.keep_vocabulary < 0:
+            refuse("keep_vocabulary", self.keep_vocabulary, "0 (off) or above, such as 1")
         if self.num_inference_steps > 1000:
             refuse("num_inference_steps", self.num_inference_steps, "at most 1000")
         if self.schedule == "paper-diffusers" and self.num_inference_steps < 3:

@@ -19,6 +19,7 @@ from .objective import Objective
 from .parameters import TrainableSubset, canonical_method, only_trainable, trainable_names
 from .plan import Rollout, plan_rollouts
 from .schedules import scheduler_for
+from .vocabulary import filters_for
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,9 @@ def run(
     names = trainable_names(model.unet, config.train_method, model.family.name)
     shape = model.latent_shape(config.resolution)
     scheduler = scheduler_for(model.pipeline.scheduler, config)
-    prompts = encode_prompts(model, config, resolution=shape[-1] * model.vae_scale_factor)
+    resolution = shape[-1] * model.vae_scale_factor
+    prompts = encode_prompts(model, config, resolution)
+    filters, words = filters_for(model, names, config.keep_vocabulary, resolution)
     teacher = Teacher(
         unet=model.unet,
         scheduler=scheduler,
@@ -86,7 +89,7 @@ def run(
     )
     if rollouts is None:
         rollouts = plan_rollouts(config, scheduler.timesteps, shape)
-    subset = TrainableSubset.of(model.unet, names)
+    subset = TrainableSubset.of(model.unet, names, filters)
     objective = Objective(config.target_anchor, config.negative_guidance)
     student = prompts["concept" if config.erase_from is None else "erase_from"]
     fitter = Fitter(model.unet, subset, student, objective, config.learning_rate)
@@ -100,11 +103,11 @@ def run(
                 meter.fitted(step, config)
                 if on_step:
                     on_step(step)
-        erasure = finish(model, config, subset, fitter, meter, started, interrupted=False)
+        erasure = finish(model, config, subset, fitter, meter, started, words, interrupted=False)
         finished = True
         return erasure
     except KeyboardInterrupt:
-        erasure = finish(model, config, subset, fitter, meter, started, interrupted=True)
+        erasure = finish(model, config, subset, fitter, meter, started, words, interrupted=True)
         raise EraseInterrupted(erasure) from None
     finally:
         if not finished:
@@ -189,6 +192,7 @@ def finish(
     fitter: Fitter,
     meter: Meter,
     started: float,
+    words: int,
     interrupted: bool,
 ) -> Erasure:
     """The result, with a manifest that says how it came about.
@@ -218,6 +222,7 @@ def finish(
         "base_fingerprint": fingerprint(subset.frozen),
         "config": dataclasses.asdict(config),
         "target": {"anchor": config.target_anchor, "eta": config.eta},
+        "kept_vocabulary": {"words": words, "tensors": len(subset.filters)},
         "resolution": config.resolution or model.native_resolution,
         "seed": config.seed,
         "interrupted": interrupted,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -139,24 +139,45 @@ class TrainableSubset:
 
     `masters` are the parameters themselves where the UNet is float32 already. `frozen` holds
     exact copies of the starting values (the teacher's, and what `restore` puts back).
+
+    A matrix with a filter F (D, D; vocabulary.py) is `frozen + master F`: its master starts at
+    zero, and gets the gradient times F. Filtering Adam's gradient alone would be undone by its
+    division by each element's own size.
     """
 
     parameters: dict[str, torch.nn.Parameter]
     masters: dict[str, torch.Tensor]
     frozen: dict[str, torch.Tensor]
+    filters: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, unet: torch.nn.Module, names: list[str]) -> TrainableSubset:
+    def of(
+        cls,
+        unet: torch.nn.Module,
+        names: list[str],
+        filters: dict[str, torch.Tensor] | None = None,
+    ) -> TrainableSubset:
         import torch
 
         every = dict(unet.named_parameters())
         parameters = {n: every[n] for n in names}
         frozen = {n: p.detach().clone() for n, p in parameters.items()}
         masters = {
-            n: p if p.dtype == torch.float32 else p.detach().float().clone()
+            n: torch.zeros_like(p, dtype=torch.float32)
+            if n in (filters or {})
+            else (p if p.dtype == torch.float32 else p.detach().float().clone())
             for n, p in parameters.items()
         }
-        return cls(parameters, masters, frozen)
+        return cls(parameters, masters, frozen, filters or {})
+
+    def value(self, name: str) -> torch.Tensor:
+        """What parameter `name` is now, float32."""
+        import torch
+
+        master = self.masters[name]
+        if name not in self.filters:
+            return master
+        return torch.addmm(self.frozen[name].float(), master, self.filters[name])
 
     def step(self, optimizer: torch.optim.Optimizer, scale: float = 1.0) -> None:
         """Gradients (of `scale` times the loss) to the masters, one optimizer step, masters back
@@ -167,13 +188,15 @@ class TrainableSubset:
             master = self.masters[name]
             if master is not parameter:
                 master.grad = None if parameter.grad is None else parameter.grad.float() / scale
+                if master.grad is not None and name in self.filters:
+                    master.grad = master.grad @ self.filters[name]
                 parameter.grad = None
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 if self.masters[name] is not parameter:
-                    parameter.copy_(self.masters[name])
+                    parameter.copy_(self.value(name))
 
     @contextmanager
     def teacher(self) -> Iterator[None]:
@@ -188,8 +211,9 @@ class TrainableSubset:
                 parameter.data = trained[name]
 
     def trained(self) -> dict[str, torch.Tensor]:
-        """Copies of the masters on the CPU, float32."""
-        return {n: m.detach().to("cpu", copy=True).contiguous() for n, m in self.masters.items()}
+        """Copies of the values on the CPU, float32."""
+        values = {n: self.value(n).detach() for n in self.parameters}
+        return {n: v.to("cpu", copy=True).contiguous() for n, v in values.items()}
 
     def restore(self) -> None:
         """The starting values, bit for bit."""

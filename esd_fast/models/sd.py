@@ -34,16 +34,16 @@ class StableDiffusion:
         )
 
     @torch.no_grad()
-    def encode(self, pipeline: Any, prompt: str, resolution: int) -> Conditioning:  # noqa: ARG002
-        lost = lost_by_truncation(pipeline.tokenizer, prompt)
-        if lost:
+    def encode(self, pipeline: Any, prompt: str | list[str], resolution: int) -> Conditioning:  # noqa: ARG002
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        for lost in filter(None, (lost_by_truncation(pipeline.tokenizer, p) for p in prompts)):
             warnings.warn(f"the prompt is too long for the model; lost: {lost!r}", stacklevel=2)
         encoder = pipeline.text_encoder
         home, device = encoder.device, pipeline.unet.device
         try:
             encoder.to(device)
             embeddings, _ = pipeline.encode_prompt(
-                prompt, device, num_images_per_prompt=1, do_classifier_free_guidance=False
+                prompts, device, num_images_per_prompt=1, do_classifier_free_guidance=False
             )
         finally:
             encoder.to(home)
