@@ -46,6 +46,7 @@ def config(**settings: Any) -> EraseConfig:
         ("learning_rate", "1e-5", "a finite number"),
         ("negative_guidance", float("nan"), "a finite number"),
         ("guidance_scale", None, "a finite number"),
+        ("keep_vocabulary", -0.5, "0 (off) or above"),
         ("resolution", 100, "a multiple of 8"),
         ("resolution", 0, "a whole number from 1"),
         ("seed", -1, "from 0"),

@@ -102,8 +102,8 @@ def test_best_rate_of_a_sweep(tmp_path):
             ("reference", 3e-4, 1.0, 0.5),
         )
     ]
-    write_json(rows, {}, tmp_path / "sweep.json")
-    best = erase.swept_rates(tmp_path / "sweep.json")
-    assert best == {"esd_fast": 1e-3, "reference": 1e-4}
-    assert erase.swept_rates(tmp_path / "missing.json") == {}
+    write_json(rows[:3], {}, tmp_path / "esd_fast.json")
+    write_json(rows[3:], {}, tmp_path / "reference.json")
+    assert erase.swept_rates(tmp_path) == {"esd_fast": 1e-3, "reference": 1e-4}
+    assert erase.swept_rates(tmp_path / "missing") == {}
     assert set(erase.best_rates()) == set(erase.SWEEP_RATES)
