@@ -67,17 +67,19 @@ def run(
     config: EraseConfig,
     *,
     rollouts: list[Rollout] | None = None,
+    words: list[str] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     on_step: Callable[[FitStep], None] | None = None,
 ) -> Erasure:
-    """`erase` on a loaded model. `rollouts` replaces the plan drawn from the seed."""
+    """`erase` on a loaded model. `rollouts` replaces the plan drawn from the seed, `words` the
+    tokenizer's own, which `keep_vocabulary` holds to."""
     started = time.perf_counter()
     names = trainable_names(model.unet, config.train_method, model.family.name)
     shape = model.latent_shape(config.resolution)
     scheduler = scheduler_for(model.pipeline.scheduler, config)
     resolution = shape[-1] * model.vae_scale_factor
     prompts = encode_prompts(model, config, resolution)
-    filters, words = filters_for(model, names, config.keep_vocabulary, resolution)
+    filters, held_to = filters_for(model, names, config.keep_vocabulary, resolution, words)
     teacher = Teacher(
         unet=model.unet,
         scheduler=scheduler,
@@ -103,11 +105,11 @@ def run(
                 meter.fitted(step, config)
                 if on_step:
                     on_step(step)
-        erasure = finish(model, config, subset, fitter, meter, started, words, interrupted=False)
+        erasure = finish(model, config, subset, fitter, meter, started, held_to, interrupted=False)
         finished = True
         return erasure
     except KeyboardInterrupt:
-        erasure = finish(model, config, subset, fitter, meter, started, words, interrupted=True)
+        erasure = finish(model, config, subset, fitter, meter, started, held_to, interrupted=True)
         raise EraseInterrupted(erasure) from None
     finally:
         if not finished:
@@ -192,7 +194,7 @@ def finish(
     fitter: Fitter,
     meter: Meter,
     started: float,
-    words: int,
+    held_to: int,
     interrupted: bool,
 ) -> Erasure:
     """The result, with a manifest that says how it came about.
@@ -222,7 +224,7 @@ def finish(
         "base_fingerprint": fingerprint(subset.frozen),
         "config": dataclasses.asdict(config),
         "target": {"anchor": config.target_anchor, "eta": config.eta},
-        "kept_vocabulary": {"words": words, "tensors": len(subset.filters)},
+        "kept_vocabulary": {"words": held_to, "tensors": len(subset.filters)},
         "resolution": config.resolution or model.native_resolution,
         "seed": config.seed,
         "interrupted": interrupted,

@@ -80,16 +80,21 @@ def reads_text(unet: torch.nn.Module, name: str) -> bool:
 
 
 def filters_for(
-    model: Model, names: Sequence[str], strength: float, resolution: int
+    model: Model,
+    names: Sequence[str],
+    strength: float,
+    resolution: int,
+    words: Sequence[str] | None = None,
 ) -> tuple[dict[str, torch.Tensor], int]:
     """By parameter name the filter (float32, on the UNet's device), and the number of words.
 
-    Empty where `strength` is 0 or nothing that reads the text is among `names`.
+    Empty where `strength` is 0 or nothing that reads the text is among `names`. `words` replaces
+    the tokenizer's own.
     """
     reading = [n for n in names if reads_text(model.unet, n)]
     if not strength or not reading:
         return {}, 0
-    words = words_of(model.pipeline.tokenizer)
+    words = words_of(model.pipeline.tokenizer) if words is None else words
     moment = second_moment(model, words, resolution)
     shared = keeping_filter(moment, strength).to(model.device, torch.float32)
     return dict.fromkeys(reading, shared), len(words)
