@@ -125,11 +125,12 @@ def training_batches(
 ) -> Iterator[TeacherSamples]:
     """One batch for every optimizer step, as the policies want them."""
     if config.samples == "all":  # frozen UNet: everything first, then in shuffled order
-        parts = [
-            collect_all(teacher, together, meter.collected)
-            for together in chunked(rollouts, config.collect_batch_size)
-        ]
-        samples = TeacherSamples.join(parts)
+        samples = TeacherSamples.join(  # the parts are held by nobody: they go once joined
+            [
+                collect_all(teacher, together, meter.collected)
+                for together in chunked(rollouts, config.collect_batch_size)
+            ]
+        )
         order = shuffled(len(samples), config.seed)
         for first in range(0, config.iterations * config.batch_size, config.batch_size):
             yield samples[order[first : first + config.batch_size]]

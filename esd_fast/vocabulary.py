@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 WORDS_AT_MOST = 512  # of Stable Diffusion's 49,408 tokens: more hardly move the mean
 WORD_END = "</w>"  # CLIP's tokenizers mark the tokens that end a word
-BATCH = 64
+BATCH = 4  # what encoding holds at once is not to be the peak of a run
 
 
 def words_of(tokenizer: Any, at_most: int = WORDS_AT_MOST) -> list[str]:

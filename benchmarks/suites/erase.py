@@ -150,13 +150,21 @@ def best_rates() -> dict[str, float]:
 
 
 def swept_rates(folder: Path = SWEEP_FILES) -> dict[str, float]:
-    """By contestant: the rate with the best mean of UA, IRA and CRA in the committed sweep."""
+    """By contestant: the rate with the best mean of UA, IRA and CRA in the committed sweep.
+
+    Of equals the one in the middle of SWEEP_RATES, its own default, then the lower one.
+    """
     scores: dict[str, dict[float, list[float]]] = {}
     for row in (row for file in sorted(folder.glob("*.json")) for row in read_json(file)):
         rate = float(row.case.removeprefix("learning_rate="))  # Job.case
         rates = scores.setdefault(row.contestant, {})
         rates.setdefault(rate, []).append(sum(getattr(row, n) for n in ("UA", "IRA", "CRA")))
-    return {n: max(r, key=lambda rate: statistics.mean(r[rate])) for n, r in scores.items()}
+
+    def rank(name: str, rate: float) -> tuple[float, bool, float]:
+        tried = SWEEP_RATES[name]
+        return statistics.mean(scores[name][rate]), rate == tried[len(tried) // 2], -rate
+
+    return {n: max(rates, key=lambda rate: rank(n, rate)) for n, rates in scores.items()}
 
 
 # --- one run ----------------------------------------------------------------------------------------

@@ -106,4 +106,10 @@ def test_best_rate_of_a_sweep(tmp_path):
     write_json(rows[3:], {}, tmp_path / "reference.json")
     assert erase.swept_rates(tmp_path) == {"esd_fast": 1e-3, "reference": 1e-4}
     assert erase.swept_rates(tmp_path / "missing") == {}
+    equals = [
+        replace(ROW, contestant="esd_fast", case=f"learning_rate={r:g}", UA=1.0, IRA=1.0, CRA=1.0)
+        for r in erase.SWEEP_RATES["esd_fast"]
+    ]
+    write_json(equals, {}, tmp_path / "esd_fast.json")
+    assert erase.swept_rates(tmp_path)["esd_fast"] == erase.SWEEP_RATES["esd_fast"][1]
     assert set(erase.best_rates()) == set(erase.SWEEP_RATES)
