@@ -191,12 +191,20 @@ def line_of(name: str, group: list[dict[str, Any]], base: dict[int, dict[str, An
     return f"| {name} | " + " | ".join(shown) + " |"
 
 
-SWEEP_CONCEPTS = ["cat", "tulip", "ink", "flat"]
+SWEEP_CONCEPTS = ["cat", "cake", "flat", "pixel"]
+# around the default recipe, one value at a time
 SWEEP: list[dict[str, Any]] = [
-    {"train_method": method, "negative_guidance": push, "num_inference_steps": steps}
-    for method in ("esd-x-strict", "esd-x")
-    for push, steps in ((2.0, 20), (4.0, 20), (8.0, 20), (8.0, 10))
-] + [{"learning_rate": 5e-4}, {"learning_rate": 2e-3}]
+    {name: value}
+    for name, values in {
+        "keep_vocabulary": (0.0, 0.3, 3.0),
+        "learning_rate": (1e-3, 3e-3),
+        "negative_guidance": (2.0, 8.0),
+        "num_inference_steps": (20,),
+        "train_method": ("esd-x",),
+        "iterations": (50, 100),
+    }.items()
+    for value in values
+]
 
 
 def main() -> None:

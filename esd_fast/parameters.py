@@ -179,6 +179,15 @@ class TrainableSubset:
             return master
         return torch.addmm(self.frozen[name].float(), master, self.filters[name])
 
+    def to_master(
+        self, name: str, gradient: torch.Tensor | None, scale: float
+    ) -> torch.Tensor | None:
+        """The master's gradient, of the loss itself."""
+        if gradient is None:
+            return None
+        gradient = gradient.float() if scale == 1 else gradient.float() / scale
+        return gradient @ self.filters[name] if name in self.filters else gradient
+
     def step(self, optimizer: torch.optim.Optimizer, scale: float = 1.0) -> None:
         """Gradients (of `scale` times the loss) to the masters, one optimizer step, masters back
         into the UNet."""
@@ -187,9 +196,7 @@ class TrainableSubset:
         for name, parameter in self.parameters.items():
             master = self.masters[name]
             if master is not parameter:
-                master.grad = None if parameter.grad is None else parameter.grad.float() / scale
-                if master.grad is not None and name in self.filters:
-                    master.grad = master.grad @ self.filters[name]
+                master.grad = self.to_master(name, parameter.grad, scale)
                 parameter.grad = None
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
