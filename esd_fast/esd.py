@@ -93,6 +93,7 @@ def run(
     objective = Objective(config.target_anchor, config.negative_guidance)
     student = prompts["concept" if config.erase_from is None else "erase_from"]
     fitter = Fitter(model.unet, subset, student, objective, config.learning_rate)
+    stepping = teacher.scheduler_path(rollouts)
     meter = Meter(on_progress or (lambda _: None), passes_of(config, teacher, rollouts))
 
     finished = False
@@ -103,11 +104,15 @@ def run(
                 meter.fitted(step, config)
                 if on_step:
                     on_step(step)
-        erasure = finish(model, config, subset, fitter, meter, started, words, interrupted=False)
+        erasure = finish(
+            model, config, subset, fitter, meter, started, words, stepping, interrupted=False
+        )
         finished = True
         return erasure
     except KeyboardInterrupt:
-        erasure = finish(model, config, subset, fitter, meter, started, words, interrupted=True)
+        erasure = finish(
+            model, config, subset, fitter, meter, started, words, stepping, interrupted=True
+        )
         raise EraseInterrupted(erasure) from None
     finally:
         if not finished:
@@ -193,6 +198,7 @@ def finish(
     meter: Meter,
     started: float,
     words: int,
+    scheduler_path: str,
     interrupted: bool,
 ) -> Erasure:
     """The result, with a manifest that says how it came about.
@@ -233,6 +239,7 @@ def finish(
             "device": device,
             "dtype": f"{str(model.dtype).removeprefix('torch.')}, trainables float32",
             "attention": attention_path(model.unet),
+            "scheduler": scheduler_path,
             "cuda_graphs": "no: not built yet",
             **ops.paths(device),
         },

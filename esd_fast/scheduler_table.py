@@ -74,7 +74,9 @@ def measure(scheduler: Any, num_inference_steps: int, start: int) -> SchedulerTa
     """One trajectory whose start and predictions are the N + 1 unit vectors: its states are U."""
     timesteps = begun(scheduler, num_inference_steps, start)
     calls = len(timesteps)
-    units = torch.eye(calls + 1, device="cpu").view(calls + 1, 1, calls + 1, 1, 1)  # latents (B, C, h, w)
+    units = torch.eye(calls + 1, device="cpu").view(
+        calls + 1, 1, calls + 1, 1, 1
+    )  # latents (B, C, h, w)
     ones = torch.ones_like(units[0])
     states, scales = [units[0]], []
     for timestep, prediction in zip(timesteps, units[1:], strict=True):
