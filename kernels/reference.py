@@ -82,4 +82,5 @@ def guided_step_example(device):
         torch.zeros(*shape, 5, 7, device=device) for shape in ((3, 2), (2, 3), (3, 2, 3))
     )
     index = torch.tensor([1], device=device)
-    return predictions, index, table, table[:, 0], 1, 3.0, history, inputs, seen, said
+    scales = table[:, 0].contiguous()
+    return predictions, index, table, scales, 1, 3.0, history, inputs, seen, said
