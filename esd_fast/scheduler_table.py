@@ -38,8 +38,12 @@ class SchedulerTable:
     init_noise_sigma: float
 
     def to(self, device: torch.device) -> SchedulerTable:
-        tensors = (self.coefficients, self.input_scales, self.timesteps)
-        return SchedulerTable(*(t.to(device) for t in tensors), self.init_noise_sigma)
+        return SchedulerTable(
+            self.coefficients.to(device),
+            self.input_scales.to(device),
+            self.timesteps.to(device),
+            self.init_noise_sigma,
+        )
 
 
 def probe(scheduler: Any, num_inference_steps: int, start: int = 0) -> SchedulerTable | str:

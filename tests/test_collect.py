@@ -17,6 +17,9 @@ from . import pipelines
 from .pipelines import SHAPE, SHORT, relative
 
 one_thread = pipelines.one_thread
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__:DeprecationWarning"
+)  # diffusers' schedulers
 CONFIG = EraseConfig(concept="cat", erase_from="a fish", num_inference_steps=6)
 
 
