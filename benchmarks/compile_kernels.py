@@ -60,7 +60,7 @@ class TritonKernel:
     label: str
     function: object  # what @triton.jit made
     types: dict[str, str]  # argument: Triton type; what is left out is a constant
-    constants: dict[str, int]
+    constants: dict[str, int | None]
     num_warps: int = 4
 
 
@@ -101,6 +101,42 @@ def triton_kernels() -> Iterator[TritonKernel]:
         },
         {"SAMPLES": m.SUMS_SAMPLES, "BLOCKS": m.SUMS_BLOCKS},
     )
+    yield from guided_step_kernels()
+
+
+def guided_step_kernels() -> Iterator[TritonKernel]:
+    """Two prompts without samples (collect_last), two and three with them (collect_all)."""
+    from esd_fast.kernels import guided_step as m
+
+    for predictions, names, samples in (
+        ("fp32", 2, False),
+        ("fp32", 3, True),
+        ("bf16", 2, False),
+        ("bf16", 2, True),
+        ("bf16", 3, True),
+        ("fp16", 3, True),
+    ):
+        buffers = ("inputs_ptr", "seen_ptr", "said_ptr") if samples else ("inputs_ptr",)
+        yield TritonKernel(
+            f"guided_step {predictions} {names}{' samples' if samples else ''}",
+            m.guided_step_kernel,
+            {
+                **dict.fromkeys(("predictions_ptr", *buffers), f"*{predictions}"),
+                "index_ptr": "*i64",
+                **dict.fromkeys(("table_ptr", "input_scales_ptr", "history_ptr"), "*fp32"),
+                "guidance_scale": "fp32",
+                **dict.fromkeys(
+                    ("elements", "blocks", "row", "calls", "name_stride", "columns"), "i32"
+                ),
+            },
+            {
+                **({} if samples else {"seen_ptr": None, "said_ptr": None}),
+                "NAMES": names,
+                "ROLLED": 1,
+                "BLOCK": m.BLOCK,
+                "AHEAD": m.AHEAD,
+            },
+        )
 
 
 def compile_triton(kernel: TritonKernel, arch: int) -> Usage:
@@ -114,7 +150,10 @@ def compile_triton(kernel: TritonKernel, arch: int) -> Usage:
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
-        if signature[name].startswith("*") or name == "elements"
+        if (
+            signature[name].startswith("*") and name != "index_ptr"
+        )  # a view into a list of numbers
+        or name in ("elements", "row", "name_stride")
     }
     compiled = triton.compile(
         ASTSource(kernel.function, signature, constexprs=kernel.constants, attrs=aligned),
@@ -135,7 +174,9 @@ def compile_triton(kernel: TritonKernel, arch: int) -> Usage:
 def triton_usages() -> list[Usage]:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("TRITON_INTERPRET=1: the interpreter replaces the compiler; unset it")
-    import esd_fast.ops  # noqa: F401 -- makes esd_fast.kernels importable in a checkout too
+    from esd_fast import ops
+
+    ops._kernels("reference")  # makes esd_fast.kernels importable in a checkout too
 
     return [compile_triton(kernel, arch) for kernel in triton_kernels() for arch in SHARED_LIMITS]
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from .ops import guided_step
+from .scheduler_table import SchedulerTable, probe
 
 if TYPE_CHECKING:
     from .models.base import Conditioning, PromptSet
@@ -62,15 +65,48 @@ class Teacher:
     asked: tuple[str, ...]
     num_inference_steps: int
     guidance_scale: float
+    tables: dict[int, SchedulerTable | str] = field(default_factory=dict, compare=False)
+
+    def table(self, start: int) -> SchedulerTable | str:
+        """The scheduler from entry `start` of its list as a table on the UNet's device, or why it
+        has to be called. Probed once."""
+        if start not in self.tables:
+            table = probe(self.scheduler, self.num_inference_steps, start)
+            if isinstance(table, SchedulerTable):
+                table = table.to(next(self.unet.parameters()).device)
+            self.tables[start] = table
+        return self.tables[start]
+
+    def scheduler_path(self, rollouts: list[Rollout]) -> str:
+        """For reports: how trajectories step."""
+        tables = [self.table(start) for start in sorted({r.start for r in rollouts})]
+        reasons = [table for table in tables if isinstance(table, str)]
+        return f"diffusers' own step ({'; '.join(reasons)})" if reasons else "table"
+
+    def trajectory(
+        self, rollout: Rollout, names: tuple[str, ...], keep: bool = False
+    ) -> TableTrajectory | SchedulerTrajectory:
+        """`rollout` at its start, to be asked for `names`; `keep`: every state is a sample."""
+        table = self.table(rollout.start)
+        if isinstance(table, SchedulerTable):
+            return TableTrajectory(self, table, rollout, names, keep)
+        return SchedulerTrajectory(self, rollout, names, keep)
 
     def predict(
         self, inputs: torch.Tensor, timestep: torch.Tensor, names: tuple[str, ...]
     ) -> dict[str, torch.Tensor]:
         """All named prompts in one batched forward; `inputs` and each prediction (B, C, h, w)."""
-        stacked = torch.cat([inputs] * len(names))  # (len(names) * B, C, h, w)
+        stacked = torch.stack([inputs] * len(names))  # (len(names), B, C, h, w)
         conditioning = self.prompts.stacked(names, len(inputs))
-        predictions = predict_noise(self.unet, stacked, timestep, conditioning)
-        return dict(zip(names, predictions.chunk(len(names)), strict=True))
+        predictions = self.ask(stacked, timestep, conditioning)
+        return dict(zip(names, predictions, strict=True))
+
+    def ask(
+        self, inputs: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning
+    ) -> torch.Tensor:
+        """One forward for N prompts; `inputs` and the predictions (N, B, C, h, w)."""
+        prediction = predict_noise(self.unet, inputs.flatten(0, 1), timestep, conditioning)
+        return prediction.view(inputs.shape)
 
     def begin(self, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
         """The start latents (B, C, h, w) and the timesteps of the guided steps."""
@@ -112,6 +148,92 @@ def predict_noise(
     )[0]
 
 
+class TableTrajectory:
+    """A batch of B trajectories on a scheduler's table, for N prompts: one operator a step, on
+    buffers that stay where they are, and nothing waits for the host. The state is float32."""
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        table: SchedulerTable,
+        rollout: Rollout,
+        names: tuple[str, ...],
+        keep: bool,
+    ) -> None:
+        self.table, self.names = table, names
+        self.rolled, self.guidance_scale = names.index(teacher.rolled), teacher.guidance_scale
+        weight = next(teacher.unet.parameters())
+        start = rollout.noise.to(weight.device) * table.init_noise_sigma  # (B, C, h, w)
+        self.timesteps = table.timesteps[: rollout.steps]
+        self.batch, steps, *sample = len(start), len(self.timesteps), *start.shape[1:]
+        self.numbers = torch.arange(steps, device=start.device)  # of the calls, read on the device
+        self.taken = 0
+        self.history = start.new_zeros(steps + 1, *start.shape)
+        self.history[0] = start
+        first = (start * table.input_scales[0]).to(weight.dtype)
+        self.inputs = torch.stack([first] * len(names))  # (N, B, C, h, w)
+        # the samples, in their order: by trajectory, then time
+        self.seen = first.new_empty(self.batch, steps, *sample) if keep else None
+        self.said: torch.Tensor | None = None  # (N, B, steps, C, h, w)
+        if self.seen is not None:
+            self.seen[:, 0] = first
+
+    def model_inputs(self, _: torch.Tensor) -> torch.Tensor:
+        """What the UNet is given next (N, B, C, h, w)."""
+        return self.inputs
+
+    def step(self, predictions: torch.Tensor, _: torch.Tensor) -> None:
+        """On to the next state by the UNet's `predictions` (N, B, C, h, w)."""
+        if self.seen is not None and self.said is None:
+            self.said = predictions.new_empty(len(self.names), *self.seen.shape)
+        guided_step(
+            predictions,
+            self.numbers[self.taken],
+            self.table.coefficients,
+            self.table.input_scales,
+            self.rolled,
+            self.guidance_scale,
+            self.history,
+            self.inputs,
+            self.seen,
+            self.said,
+        )
+        self.taken += 1
+
+    def samples(self) -> TeacherSamples:
+        """Every state of the way: views of the buffers."""
+        assert self.seen is not None
+        assert self.said is not None
+        said = dict(zip(self.names, self.said.flatten(1, 2), strict=True))
+        return as_samples(self.seen.flatten(0, 1), self.timesteps.repeat(self.batch), said)
+
+
+class SchedulerTrajectory:
+    """The same by the scheduler's own steps, where it has no table."""
+
+    def __init__(
+        self, teacher: Teacher, rollout: Rollout, names: tuple[str, ...], keep: bool
+    ) -> None:
+        self.teacher, self.names, self.keep = teacher, names, keep
+        self.latents, self.timesteps = teacher.begin(rollout)
+        self.batch = len(self.latents)
+        self.states: list[TeacherSamples] = []
+
+    def model_inputs(self, timestep: torch.Tensor) -> torch.Tensor:
+        self.inputs = self.teacher.model_input(self.latents, timestep)
+        return torch.stack([self.inputs] * len(self.names))
+
+    def step(self, predictions: torch.Tensor, timestep: torch.Tensor) -> None:
+        by_name = dict(zip(self.names, predictions, strict=True))
+        if self.keep:
+            self.states.append(as_samples(self.inputs, timestep, by_name))
+        self.latents = self.teacher.guided_step(self.latents, timestep, by_name)
+
+    def samples(self) -> TeacherSamples:
+        by_time = TeacherSamples.join(self.states, torch.stack)  # (T, B, ...)
+        return by_time.map(lambda column: column.transpose(0, 1).flatten(0, 1))
+
+
 @torch.no_grad()
 def collect_all(
     teacher: Teacher, rollout: Rollout, on_pass: Callable[[int], None]
@@ -120,16 +242,9 @@ def collect_all(
 
     Sorted by trajectory, then time. `on_pass(n)` is told of every n UNet passes.
     """
-    latents, timesteps = teacher.begin(rollout)
-    states = []
-    for timestep in timesteps:
-        inputs = teacher.model_input(latents, timestep)
-        predictions = teacher.predict(inputs, timestep, teacher.asked)
-        states.append(as_samples(inputs, timestep, predictions))
-        latents = teacher.guided_step(latents, timestep, predictions)
-        on_pass(len(inputs) * len(teacher.asked))
-    by_time = TeacherSamples.join(states, torch.stack)  # (T, B, ...)
-    return by_time.map(lambda column: column.transpose(0, 1).flatten(0, 1))
+    trajectory = teacher.trajectory(rollout, teacher.asked, keep=True)
+    roll(teacher, trajectory, on_pass)
+    return trajectory.samples()
 
 
 @torch.no_grad()
@@ -144,19 +259,27 @@ def collect_last(
     The UNet rolls out with the weights that it holds; the questions are asked within `frozen()`.
     """
     assert rollout.query is not None
-    latents, timesteps = teacher.begin(rollout)
-    rolling = ("null", teacher.rolled)
-    for timestep in timesteps:
-        inputs = teacher.model_input(latents, timestep)
-        predictions = teacher.predict(inputs, timestep, rolling)
-        latents = teacher.guided_step(latents, timestep, predictions)
-        on_pass(len(inputs) * len(rolling))
-    query = torch.tensor(rollout.query, dtype=teacher.scheduler.timesteps.dtype)
-    inputs = teacher.model_input(latents, query)
+    trajectory = teacher.trajectory(rollout, ("null", teacher.rolled))
+    roll(teacher, trajectory, on_pass)
+    query = torch.tensor(rollout.query, dtype=trajectory.timesteps.dtype)
+    inputs = trajectory.model_inputs(query)[0]
     with frozen():
         predictions = teacher.predict(inputs, query, teacher.asked)
     on_pass(len(inputs) * len(teacher.asked))
     return as_samples(inputs, query, predictions)
+
+
+def roll(
+    teacher: Teacher,
+    trajectory: TableTrajectory | SchedulerTrajectory,
+    on_pass: Callable[[int], None],
+) -> None:
+    """All the guided steps of a trajectory."""
+    conditioning = teacher.prompts.stacked(trajectory.names, trajectory.batch)
+    for timestep in trajectory.timesteps:
+        predictions = teacher.ask(trajectory.model_inputs(timestep), timestep, conditioning)
+        trajectory.step(predictions, timestep)
+        on_pass(trajectory.batch * len(trajectory.names))
 
 
 def as_samples(

@@ -95,6 +95,7 @@ def run(
     objective = Objective(config.target_anchor, config.negative_guidance)
     student = prompts["concept" if config.erase_from is None else "erase_from"]
     fitter = Fitter(model.unet, subset, student, objective, config.learning_rate)
+    noted = Noted(started, held_to, teacher.scheduler_path(rollouts))
     meter = Meter(on_progress or (lambda _: None), passes_of(config, teacher, rollouts))
 
     finished = False
@@ -105,11 +106,11 @@ def run(
                 meter.fitted(step, config)
                 if on_step:
                     on_step(step)
-        erasure = finish(model, config, subset, fitter, meter, started, held_to, interrupted=False)
+        erasure = finish(model, config, subset, fitter, meter, noted, interrupted=False)
         finished = True
         return erasure
     except KeyboardInterrupt:
-        erasure = finish(model, config, subset, fitter, meter, started, held_to, interrupted=True)
+        erasure = finish(model, config, subset, fitter, meter, noted, interrupted=True)
         raise EraseInterrupted(erasure) from None
     finally:
         if not finished:
@@ -164,6 +165,15 @@ def passes_of(config: EraseConfig, teacher: Teacher, rollouts: list[Rollout]) ->
     return sum(len(r.noise) * (r.steps * 2 + asked) for r in rollouts)
 
 
+@dataclass(frozen=True)
+class Noted:
+    """What the manifest tells of a run besides its numbers."""
+
+    started: float  # time.perf_counter()
+    words: int  # that updates were held to
+    scheduler_path: str
+
+
 class Meter:
     """Counts UNet passes and seconds of each phase, and tells the watcher."""
 
@@ -194,8 +204,7 @@ def finish(
     subset: TrainableSubset,
     fitter: Fitter,
     meter: Meter,
-    started: float,
-    held_to: int,
+    noted: Noted,
     interrupted: bool,
 ) -> Erasure:
     """The result, with a manifest that says how it came about.
@@ -225,17 +234,18 @@ def finish(
         "base_fingerprint": fingerprint(subset.frozen),
         "config": dataclasses.asdict(config),
         "target": {"anchor": config.target_anchor, "eta": config.eta},
-        "kept_vocabulary": {"words": held_to, "tensors": len(subset.filters)},
+        "kept_vocabulary": {"words": noted.words, "tensors": len(subset.filters)},
         "resolution": config.resolution or model.native_resolution,
         "seed": config.seed,
         "interrupted": interrupted,
         "losses": list(fitter.losses),
-        "seconds": {"total": time.perf_counter() - started, **meter.seconds},
+        "seconds": {"total": time.perf_counter() - noted.started, **meter.seconds},
         "unet_passes": {**meter.passes, "total": sum(meter.passes.values())},
         "paths_taken": {
             "device": device,
             "dtype": f"{str(model.dtype).removeprefix('torch.')}, trainables float32",
             "attention": attention_path(model.unet),
+            "scheduler": noted.scheduler_path,
             "cuda_graphs": "no: not built yet",
             **ops.paths(device),
         },

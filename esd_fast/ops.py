@@ -1,7 +1,7 @@
 """The operators, and the only place that chooses what runs them: Triton, the native module or torch.
 
-Each operator is registered once with torch (``torch.ops.esd_fast.*``: a real, a fake and a gradient
-implementation). The real one asks ``path_of`` for the fastest implementation that works on the tensors'
+Each operator is registered once with torch (``torch.ops.esd_fast.*``: a real and a fake implementation,
+and a gradient where it has one). The real one asks ``path_of`` for the fastest implementation that works on the tensors'
 device. The first use on a device runs a few numbers through each candidate and compares them with torch;
 one that is missing, fails or disagrees is passed over, and ``path_of`` says why.
 
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["OpPath", "guidance_loss", "path_of", "paths"]
+__all__ = ["OpPath", "guidance_loss", "guided_step", "path_of", "paths"]
 
 _FORCED = os.environ.get("ESD_OPS", "")
 if _FORCED not in ("", "torch", "native", "triton"):
@@ -82,6 +82,9 @@ def _why_no_triton(device: torch.device) -> str:
     return ""
 
 
+_NOT_WRITTEN = "no native version of this operator"
+
+
 # --- choosing ----------------------------------------------------------------------------------------
 
 Implementation = Callable[..., tuple[Tensor, ...]]
@@ -104,10 +107,10 @@ class OpPath:
 @dataclass(frozen=True)
 class _Op:
     plain: Implementation  # in torch
-    native_cpu: Implementation
-    native_cuda: Implementation
     triton: Implementation
     example: Callable[[torch.device], tuple[Any, ...]]  # small arguments to try a candidate with
+    native_cpu: Implementation | None = None  # None: not written
+    native_cuda: Implementation | None = None
 
 
 def _implementation(op: str, way: str, device: torch.device) -> tuple[str, Implementation, str]:
@@ -117,18 +120,21 @@ def _implementation(op: str, way: str, device: torch.device) -> tuple[str, Imple
         return "torch", entry.plain, ""
     if way == "triton":
         return "triton", entry.triton, _why_no_triton(device)
+    native = entry.native_cpu if device.type == "cpu" else entry.native_cuda
+    if native is None:
+        return "native", entry.plain, _NOT_WRITTEN
     why = _why_no_native(device)
     if device.type == "cpu":
-        return f"native-cpu-{_native().cpu_isa()}" if not why else "native", entry.native_cpu, why
-    return f"native-{device.type}", entry.native_cuda, why
+        return f"native-cpu-{_native().cpu_isa()}" if not why else "native", native, why
+    return f"native-{device.type}", native, why
 
 
 def _why_wrong(op: str, run: Implementation, device: torch.device) -> str:
     """Runs a candidate for the first time, on an example, and compares it with torch."""
-    example = _OPS[op].example(device)
+    example = _OPS[op].example
     try:
-        results = run(*example)
-        expected = _OPS[op].plain(*example)
+        results = run(*example(device))  # an example each: an operator may write to its arguments
+        expected = _OPS[op].plain(*example(device))
         right = all(
             torch.allclose(x.float(), y.float(), rtol=1e-4, atol=1e-5)
             for x, y in zip(results, expected, strict=True)
@@ -142,6 +148,8 @@ def _why_wrong(op: str, run: Implementation, device: torch.device) -> str:
 def _choose(op: str, device: torch.device, forced: str) -> OpPath:
     # On CUDA Triton first: a compiler for the very card. The native kernels are for where it is missing.
     ways = [forced] if forced else ["triton"] * (device.type == "cuda") + ["native", "torch"]
+    if forced == "native" and _implementation(op, forced, device)[2] == _NOT_WRITTEN:
+        ways.append("torch")  # forced for the operators that have one
     skipped: dict[str, str] = {}
     for way in ways:
         name, run, why = _implementation(op, way, device)
@@ -408,6 +416,182 @@ def _guidance_loss_example(device: torch.device) -> tuple[Any, ...]:
     return tuple(_kernels("reference").guidance_loss_example(device))
 
 
+# --- guided_step -------------------------------------------------------------------------------------
+
+
+def guided_step(
+    predictions: Tensor,
+    index: Tensor,
+    table: Tensor,
+    input_scales: Tensor,
+    rolled: int,
+    guidance_scale: float,
+    history: Tensor,
+    inputs: Tensor,
+    seen: Tensor | None = None,
+    said: Tensor | None = None,
+) -> None:
+    """Guidance, a scheduler's step from its table, the next UNet input, and the sample written out.
+
+    `predictions` (N, B, ...) is the UNet's answer to N prompts, "null" first, for B trajectories side by
+    side; `rolled` is the one they follow. `index` () or (1,) int64 on the device is the number of the call,
+    so nothing waits for the host and a captured graph serves every call. `table` (rows, columns) and
+    `input_scales` (rows,) are those of scheduler_table.SchedulerTable.
+
+    Written: `history` (calls + 1, B, ...) float32, whose first row is the start, gets the guided prediction
+    as row index + 1; `inputs` (N, B, ...) gets the next state, scaled, N times over. Where they are given,
+    `said` (N, B, calls, ...) gets the predictions at `[:, :, index]`, and `seen` (B, calls, ...) the next
+    state, scaled, at `[:, index + 1]` (the caller writes the first). Rows of the history that are yet to
+    come have to be finite.
+
+    Maths in float32; predictions (with `said`) and inputs (with `seen`) are float32, bfloat16 or float16.
+    What is written has to be contiguous. There is no gradient.
+    """
+    if torch.is_grad_enabled():
+        values = (predictions, index, table, input_scales, history, inputs, seen, said)
+        for name, value in zip(_STEP_ARGUMENTS, values, strict=True):
+            if value is not None and value.requires_grad:
+                raise ValueError(
+                    f"{name}: requires grad, but guided_step has no gradient: call it under torch.no_grad()"
+                )
+    torch.ops.esd_fast.guided_step(
+        predictions,
+        index,
+        table,
+        input_scales,
+        rolled,
+        guidance_scale,
+        history,
+        inputs,
+        seen,
+        said,
+    )
+
+
+_STEP_ARGUMENTS = (
+    *("predictions", "index", "table", "input_scales"),
+    *("history", "inputs", "seen", "said"),
+)
+
+
+def _check_step(
+    predictions: Tensor,
+    index: Tensor,
+    table: Tensor,
+    input_scales: Tensor,
+    rolled: int,
+    history: Tensor,
+    inputs: Tensor,
+    seen: Tensor | None,
+    said: Tensor | None,
+) -> None:
+    """What the kernels take on trust."""
+    if predictions.dim() < 2 or predictions.numel() == 0:
+        raise ValueError(
+            f"predictions: shape {tuple(predictions.shape)}: give them as (prompts, trajectories, ...)"
+        )
+    names, batch, *sample = predictions.shape
+    if not 0 < rolled < names:
+        raise ValueError(f"rolled: {rolled}: use the number of a prompt, 1 to {names - 1}")
+    rows, calls = table.shape[0] if table.dim() == 2 else 0, history.shape[0] - 1
+    if calls < 1 or not calls < rows <= table.shape[1]:
+        raise ValueError(
+            f"table: shape {tuple(table.shape)}: use (rows, columns), a row for each of history, "
+            f"{history.shape[0]} (two or more), and no fewer columns than rows"
+        )
+    given = (predictions, index, table, input_scales, history, inputs, seen, said)
+    shapes: tuple[tuple[int, ...], ...] = (
+        predictions.shape,
+        (1,) * index.dim() if index.dim() < 2 else (1,),
+        table.shape,
+        (rows,),
+        (calls + 1, batch, *sample),
+        predictions.shape,
+        (batch, calls, *sample),
+        (names, batch, calls, *sample),
+    )
+    low = tuple(_DTYPE_CODES)
+    single = (torch.float32,)
+    dtypes = (low, (torch.int64,), single, single, single, low, (inputs.dtype,))
+    for name, value, shape, allowed in zip(
+        _STEP_ARGUMENTS, given, shapes, (*dtypes, (predictions.dtype,)), strict=True
+    ):
+        if value is None:
+            continue
+        if value.dtype not in allowed:
+            would_do = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+            raise ValueError(f"{name}: dtype {value.dtype}: use {would_do}")
+        if tuple(value.shape) != tuple(shape):
+            raise ValueError(f"{name}: shape {tuple(value.shape)}: use {tuple(shape)}")
+        if value.device != predictions.device:
+            raise ValueError(
+                f"{name}: on {value.device}: move it to predictions' device, {predictions.device}"
+            )
+        if name in _STEP_ARGUMENTS[4:] and not value.is_contiguous():
+            raise ValueError(f"{name}: strides {value.stride()}: use a contiguous tensor")
+
+
+def _guided_step_real(
+    predictions: Tensor,
+    index: Tensor,
+    table: Tensor,
+    input_scales: Tensor,
+    rolled: int,
+    guidance_scale: float,
+    history: Tensor,
+    inputs: Tensor,
+    seen: Tensor | None = None,
+    said: Tensor | None = None,
+) -> None:
+    _check_step(predictions, index, table, input_scales, rolled, history, inputs, seen, said)
+    written = path_of("guided_step", predictions.device).run(
+        predictions.contiguous(),
+        index,
+        table if table.stride(1) == 1 else table.contiguous(),
+        input_scales.contiguous(),
+        rolled,
+        guidance_scale,
+        history,
+        inputs,
+        seen,
+        said,
+    )
+    torch.autograd.graph.increment_version(
+        written
+    )  # a kernel's writes are not counted by themselves
+
+
+def _guided_step_fake(
+    predictions: Tensor,
+    index: Tensor,
+    table: Tensor,
+    input_scales: Tensor,
+    rolled: int,
+    guidance_scale: float,  # noqa: ARG001
+    history: Tensor,
+    inputs: Tensor,
+    seen: Tensor | None = None,
+    said: Tensor | None = None,
+) -> None:
+    _check_step(predictions, index, table, input_scales, rolled, history, inputs, seen, said)
+
+
+def _guided_step_torch(*args: Any) -> tuple[Tensor, ...]:
+    return tuple(_kernels("reference").guided_step(*args))
+
+
+def _guided_step_triton(predictions: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    launch = _kernels("guided_step").guided_step
+    if predictions.device.type != "cuda":  # the interpreter
+        return tuple(launch(predictions, *args))
+    with torch.cuda.device(predictions.device):
+        return tuple(launch(predictions, *args))
+
+
+def _guided_step_example(device: torch.device) -> tuple[Any, ...]:
+    return tuple(_kernels("reference").guided_step_example(device))
+
+
 # --- registration ------------------------------------------------------------------------------------
 
 _OPS = {
@@ -417,6 +601,11 @@ _OPS = {
         native_cuda=_guidance_loss_native_cuda,
         triton=_guidance_loss_triton,
         example=_guidance_loss_example,
+    ),
+    "guided_step": _Op(  # nothing native: a handful of torch's own calls beside a whole UNet
+        plain=_guided_step_torch,
+        triton=_guided_step_triton,
+        example=_guided_step_example,
     ),
 }
 
@@ -434,3 +623,10 @@ torch.library.register_autograd(
     setup_context=_guidance_loss_setup,
     lib=_LIBRARY,
 )
+_LIBRARY.define(
+    "guided_step(Tensor predictions, Tensor index, Tensor table, Tensor input_scales, int rolled, "
+    "float guidance_scale, Tensor(a!) history, Tensor(b!) inputs, Tensor(c!)? seen=None, "
+    "Tensor(d!)? said=None) -> ()"
+)
+_LIBRARY.impl("guided_step", _guided_step_real, "CompositeExplicitAutograd")
+torch.library.register_fake("esd_fast::guided_step", _guided_step_fake, lib=_LIBRARY)

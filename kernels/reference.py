@@ -31,3 +31,56 @@ def guidance_loss_example(device):
     negative_guidance = torch.tensor([1.5, 0.0], device=device)
     weight = torch.tensor([1.0, 0.5], device=device)
     return student, anchor, concept, null, negative_guidance, weight, 2.0
+
+
+def guided_step(
+    predictions, index, table, input_scales, rolled, guidance_scale, history, inputs, seen, said
+):
+    """One call of a scheduler that is a table, for B trajectories side by side; maths in float32.
+
+        predictions   (N, B, ...)      what the UNet said for N prompts; the first is "null"
+        index         () or (1,)       int64, the number i of the call, on the device
+        table         (rows, columns)  float32, row i makes the state after i calls
+        input_scales  (rows,)          float32, what each state is scaled with for the UNet
+
+    Written, and returned where it is not None:
+
+        history  (calls + 1, B, ...)     float32: the start, then every guided prediction. Row i + 1 is
+                                         null + guidance_scale * (predictions[rolled] - null)
+        inputs   (N, B, ...)             the scaled state after this call, N times over
+        seen     (B, calls, ...)         the same at [:, i + 1], where there is a call i + 1
+        said     (N, B, calls, ...)      predictions, at [:, :, i]
+
+    Rows of the history that are yet to come are finite. On a GPU the host does not wait.
+    """
+    index = index.view(1)
+    null, followed = predictions[0].float(), predictions[rolled].float()
+    history.index_copy_(0, index + 1, (null + guidance_scale * (followed - null)).unsqueeze(0))
+    # Where reading the index costs nothing the sum ends there; else it runs on, over zeros.
+    known = history[: int(index) + 2] if history.device.type == "cpu" else history
+    coefficients = table.index_select(0, index + 1)[0, : len(known)]
+    state = (coefficients.view(-1, *(1,) * null.dim()) * known).sum(0)
+    scaled = (state * input_scales.index_select(0, index + 1)).to(inputs.dtype)
+    inputs.copy_(scaled)  # (B, ...) to each of (N, B, ...)
+    if seen is not None:
+        last = seen.shape[1] - 1
+        after = (index + 1).clamp(max=last)
+        kept = torch.where(index < last, scaled.unsqueeze(1), seen.index_select(1, after))
+        seen.index_copy_(1, after, kept)
+    if said is not None:
+        said.index_copy_(2, index, predictions.unsqueeze(2))
+    return tuple(x for x in (history, inputs, seen, said) if x is not None)
+
+
+def guided_step_example(device):
+    """Small arguments that reach every branch of a kernel: a tail, a table wider than the history, every
+    buffer. Fresh at each call, since they are written to."""
+    predictions = torch.sin(torch.arange(3 * 2 * 35, device=device) * 0.7).view(3, 2, 5, 7)
+    table = torch.tril(torch.cos(torch.arange(36, device=device) * 0.9).view(6, 6))
+    history = torch.sin(torch.arange(4 * 2 * 35, device=device) * 1.3).view(4, 2, 5, 7)
+    inputs, seen, said = (
+        torch.zeros(*shape, 5, 7, device=device) for shape in ((3, 2), (2, 3), (3, 2, 3))
+    )
+    index = torch.tensor([1], device=device)
+    scales = table[:, 0].contiguous()
+    return predictions, index, table, scales, 1, 3.0, history, inputs, seen, said

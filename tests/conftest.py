@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -150,3 +151,103 @@ def guidance_arguments() -> Callable[..., list[torch.Tensor]]:
 def guidance_results() -> Callable[[Loss, list[torch.Tensor]], list[torch.Tensor]]:
     """guidance_results(loss, arguments): loss, per-sample losses, gradient of the student"""
     return results
+
+
+# --- guided_step: cases and the rule for its error -----------------------------------------------------
+
+STEP_SHAPES = [(2, 1, 1), (2, 2, 4, 8, 8), (3, 3, 5, 7, 11), (3, 1, 4, 17, 31)]  # (N, B, ...)
+STEP_DTYPES = [  # of the predictions and of the UNet's inputs
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.float32, torch.bfloat16),
+]
+CALLS, SCALE = 11, 3.0  # more calls than rows are read at once
+
+
+@dataclass
+class StepCase:
+    """Random arguments of one call; what is written starts as sevens."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    of_inputs: torch.dtype = torch.float32
+    index: int = 8
+    keep: bool = True
+    device: str = "cpu"
+
+    def arguments(self) -> dict[str, Any]:
+        g = torch.Generator().manual_seed(0)
+        (names, batch, *sample), calls = self.shape, CALLS
+        made = {
+            "predictions": torch.randn(self.shape, generator=g).to(self.dtype),
+            "index": torch.tensor([self.index]),
+            "table": torch.randn(calls + 3, calls + 3, generator=g).tril(),  # more than the history
+            "input_scales": torch.rand(calls + 3, generator=g) + 0.5,
+            "rolled": names - 1,
+            "guidance_scale": SCALE,
+            "history": torch.randn(calls + 1, batch, *sample, generator=g),
+            "inputs": torch.full(self.shape, 7.0, dtype=self.of_inputs),
+        }
+        if self.keep:
+            made["seen"] = torch.full((batch, calls, *sample), 7.0, dtype=self.of_inputs)
+            made["said"] = torch.full((names, batch, calls, *sample), 7.0, dtype=self.dtype)
+        return {k: v.to(self.device) if hasattr(v, "to") else v for k, v in made.items()}
+
+    def check(self, step: Callable[..., None]) -> None:
+        """Against the definition in float64, to the rounding of float32 sums and of each result."""
+        before, given = self.arguments(), self.arguments()
+        step(**given)
+        exact, slack = exact_step(
+            **{k: v.double() if k in FLOATS else v for k, v in before.items()}
+        )
+        for name, expected in exact.items():
+            ours = given[name]
+            unit = (
+                torch.finfo(ours.dtype).eps * expected.abs()
+            )  # a rounding, down or to the nearest
+            error = (ours.double() - expected).abs()
+            assert (error <= unit + 8 * torch.finfo(torch.float32).eps * slack[name]).all(), name
+
+
+FLOATS = ("predictions", "table", "input_scales", "history", "inputs", "seen", "said")
+
+
+def exact_step(predictions, index, table, input_scales, rolled, guidance_scale, history, **buffers):
+    """The definition, element for element, and the size of the terms in each sum."""
+    i, null = int(index), predictions[0]
+    history = history.clone()
+    history[i + 1] = null + guidance_scale * (predictions[rolled] - null)
+    exact = {"history": history, **{k: v.clone() for k, v in buffers.items()}}
+    slack = {k: torch.zeros_like(v) for k, v in exact.items()}
+    slack["history"][i + 1] = null.abs() + guidance_scale * (predictions[rolled].abs() + null.abs())
+    state, size = torch.zeros_like(null), torch.zeros_like(null)
+    for k in range(i + 2):
+        state += table[i + 1, k] * history[k]
+        size += (table[i + 1, k] * history[k]).abs() + (table[i + 1, k] * slack["history"][k]).abs()
+    exact["inputs"][:] = input_scales[i + 1] * state
+    slack["inputs"][:] = input_scales[i + 1] * size
+    if "said" in exact:
+        exact["said"][:, :, i] = predictions
+    if "seen" in exact and i + 1 < exact["seen"].shape[1]:
+        exact["seen"][:, i + 1] = input_scales[i + 1] * state
+        slack["seen"][:, i + 1] = input_scales[i + 1] * size
+    return exact, slack
+
+
+@pytest.fixture
+def step_case() -> type[StepCase]:
+    """step_case(shape, dtype, of_inputs, index, keep, device)"""
+    return StepCase
+
+
+def step_name(case: tuple[tuple[int, ...], tuple[torch.dtype, torch.dtype]]) -> str:
+    dtypes = [str(d).removeprefix("torch.") for d in case[1]]
+    return "-".join(["x".join(map(str, case[0])), *dtypes])
+
+
+@pytest.fixture(params=[(s, d) for s in STEP_SHAPES for d in STEP_DTYPES], ids=step_name)
+def some_step(request: pytest.FixtureRequest) -> StepCase:
+    """Awkward shapes in every mixture of dtypes."""
+    shape, dtypes = request.param
+    return StepCase(shape, *dtypes)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from esd_fast import ops
+from esd_fast.scheduler_table import SchedulerTable, probe
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,8 +68,67 @@ def guidance_eager(student: Tensor, concept: Tensor, null: Tensor) -> Tensor:
     return F.mse_loss(student.float(), target)
 
 
+# --- guided_step --------------------------------------------------------------------------------------
+
+GUIDANCE_SCALE = 3.0
+INFERENCE_STEPS, CALL = 50, 25  # half way: as long a history as the average of a trajectory
+
+
+@dataclass(frozen=True)
+class Stepper:
+    """What both sides step with; the floor does not count it."""
+
+    scheduler: Any
+    table: SchedulerTable
+    number: Tensor
+    history: Tensor  # (CALL + 2, B, C, h, w)
+    inputs: Tensor  # (2, B, C, h, w)
+
+
+def step_arguments(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> tuple[Any, ...]:
+    """predictions (2, B, C, h, w) in the UNet's dtype, float32 latents, and a scheduler."""
+    from diffusers import DDIMScheduler
+
+    generator = torch.Generator().manual_seed(0)
+    predictions = torch.randn(2, *shape, generator=generator).to(device, dtype)
+    history = torch.randn(CALL + 2, *shape, generator=generator).to(device)
+    scheduler = DDIMScheduler(clip_sample=False)
+    table = probe(scheduler, INFERENCE_STEPS)
+    assert isinstance(table, SchedulerTable), table
+    table = table.to(torch.device(device))
+    scheduler.set_timesteps(INFERENCE_STEPS, device=device)
+    latents = torch.tensordot(table.coefficients[CALL, : CALL + 1], history[:-1], dims=1)
+    number = torch.tensor(CALL, device=device)
+    inputs = torch.empty_like(predictions)
+    return predictions, latents, Stepper(scheduler, table, number, history, inputs)
+
+
+def step_ours(predictions: Tensor, _: Tensor, by: Stepper) -> Tensor:
+    ops.guided_step(
+        predictions,
+        by.number,
+        by.table.coefficients,
+        by.table.input_scales,
+        1,
+        GUIDANCE_SCALE,
+        by.history,
+        by.inputs,
+    )
+    return by.inputs
+
+
+def step_eager(predictions: Tensor, latents: Tensor, by: Stepper) -> Tensor:
+    """With DDIM, the shortest of diffusers' steps."""
+    null, concept = predictions.float()
+    guided = null + GUIDANCE_SCALE * (concept - null)
+    timestep = by.scheduler.timesteps[CALL]
+    latents = by.scheduler.step(guided, timestep, latents, return_dict=False)[0]
+    return torch.stack([latents] * 2).to(predictions.dtype)
+
+
 OPERATORS: dict[str, Operator] = {
     "guidance_loss": Operator(LATENTS, guidance_arguments, guidance_ours, guidance_eager),
+    "guided_step": Operator(LATENTS, step_arguments, step_ours, step_eager),
 }
 
 

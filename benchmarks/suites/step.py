@@ -289,12 +289,13 @@ def guided_esd_fast(work: Work) -> Step:
     @torch.no_grad()
     def endless() -> Iterator[torch.Tensor]:
         while True:
-            latents, timesteps = teacher.begin(Rollout(work.noise, INFERENCE_STEPS))
-            for timestep in timesteps:
-                inputs = teacher.model_input(latents, timestep)
-                predictions = teacher.predict(inputs, timestep, teacher.asked)
-                latents = teacher.guided_step(latents, timestep, predictions)
-                yield latents
+            trajectory = teacher.trajectory(Rollout(work.noise, INFERENCE_STEPS), names)
+            conditioning = work.prompts.stacked(names, 1)
+            for timestep in trajectory.timesteps:
+                inputs = trajectory.model_inputs(timestep)
+                predictions = teacher.ask(inputs, timestep, conditioning)
+                trajectory.step(predictions, timestep)
+                yield predictions.flatten(0, 1)
 
     return endless().__next__
 
@@ -314,7 +315,7 @@ def guided_eager(work: Work) -> Step:
                 null, concept = noise_pred.chunk(2)
                 guided = null + GUIDANCE_SCALE * (concept - null)
                 latents = scheduler.step(guided, timestep, latents, return_dict=False)[0]
-                yield latents
+                yield noise_pred
 
     return endless().__next__
 

@@ -56,7 +56,8 @@ def test_the_operator_and_plain_torch_compute_the_same(name, dtype):
     operator = kernels.OPERATORS[name]
     case = kernels.Case(name, (2, 4, 8, 8), dtype, "cpu")
     ours, eager = case.call(operator.ours)(), case.call(operator.eager)()
-    assert len(ours) > 1, "gradients belong to it"
+    gradients = {"guidance_loss": 1, "guided_step": 0}
+    assert len(ours) == 1 + gradients[name]
     assert [x.shape for x in ours] == [x.shape for x in eager]
     for x, y in zip(ours, eager, strict=True):
         assert x.dtype == y.dtype
@@ -71,6 +72,11 @@ def test_bytes_of_counts_each_tensor_once():
 def test_guidance_loss_reads_three_and_writes_one():
     case = kernels.Case("guidance_loss", (2, 4, 8, 8), torch.bfloat16, "cpu")
     assert case.least_bytes() == 4 * (2 * 4 * 8 * 8) * 2 + 4  # the loss is a float32
+
+
+def test_guided_step_reads_two_predictions_and_the_latents_and_writes_two_inputs():
+    case = kernels.Case("guided_step", (2, 4, 8, 8), torch.bfloat16, "cpu")
+    assert case.least_bytes() == 2 * 4 * 8 * 8 * (2 * 2 + 4 + 2 * 2)
 
 
 def test_a_forced_way_is_forced_for_the_call_alone():

@@ -1,7 +1,7 @@
 """The Triton kernels, run on the CPU by Triton's interpreter.
 
 TRITON_INTERPRET counts when triton is first imported, by whatever imports it. So these tests are those of
-tests/test_ops.py in a process of their own, with every operator forced through Triton.
+tests/test_ops.py and tests/test_guided_step.py in a process of their own, with every operator forced through Triton.
 """
 
 import importlib.metadata
@@ -26,12 +26,12 @@ pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 
 
 def test_operators_through_the_interpreter(run_python):
-    output = run_python(
-        *("-m", "pytest", "-q", "tests/test_ops.py"), ESD_OPS="triton", TRITON_INTERPRET="1"
-    )
+    tests = ("tests/test_ops.py", "tests/test_guided_step.py")
+    output = run_python("-m", "pytest", "-q", *tests, ESD_OPS="triton", TRITON_INTERPRET="1")
     assert " passed" in output
 
 
 def test_what_runs_is_triton(run_python):
-    code = "from esd_fast import ops; print(ops.path_of('guidance_loss'))"
-    assert run_python("-c", code, ESD_OPS="triton", TRITON_INTERPRET="1").strip() == "triton"
+    code = "from esd_fast import ops; print(*ops.paths().values())"
+    said = run_python("-c", code, ESD_OPS="triton", TRITON_INTERPRET="1").strip()
+    assert said == "triton triton"
