@@ -17,6 +17,7 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 WORDS_AT_MOST = 512  # of Stable Diffusion's 49,408 tokens: more hardly move the mean
 WORD_END = "</w>"  # CLIP's tokenizers mark the tokens that end a word
-BATCH = 4  # what encoding holds at once is not to be the peak of a run
+BATCH = 2  # what encoding holds at once is not to be the peak of a run
 
 
 def words_of(tokenizer: Any, at_most: int = WORDS_AT_MOST) -> list[str]:
@@ -52,25 +53,27 @@ def words_of(tokenizer: Any, at_most: int = WORDS_AT_MOST) -> list[str]:
 
 @torch.no_grad()
 def second_moment(model: Model, words: Sequence[str], resolution: int) -> torch.Tensor:
-    """C (D, D) float64 on the CPU: mean of e e^T over all places of the empty prompt and of each
+    """C (D, D) float32 on the CPU: mean of e e^T over all places of the empty prompt and of each
     word as a prompt, padding included, since attention reads it too."""
     prompts = ["", *words]
     total, count = torch.zeros(()), 0
     for first in range(0, len(prompts), BATCH):
         batch = prompts[first : first + BATCH]
         encoded = model.family.encode(model.pipeline, batch, resolution)
-        states = encoded.encoder_hidden_states.flatten(0, 1).double().cpu()  # (B * L, D)
+        states = encoded.encoder_hidden_states.flatten(0, 1).float().cpu()  # (B * L, D)
         total = total + states.T @ states
         count += len(states)
     return total / count
 
 
 def keeping_filter(second_moment: torch.Tensor, strength: float) -> torch.Tensor:
-    """F (D, D), symmetric, eigenvalues in (0, 1]; the module says what it is."""
-    size = len(second_moment)
-    identity = torch.eye(size, dtype=second_moment.dtype, device=second_moment.device)
-    mean_eigenvalue = second_moment.trace() / size
-    return torch.linalg.inv(identity + strength / mean_eigenvalue * second_moment)
+    """F (D, D) float64, symmetric, eigenvalues in (0, 1]; the module says what it is."""
+    moment = second_moment.double().numpy()
+    mean_eigenvalue = moment.trace() / len(moment)
+    # numpy's LAPACK: torch's first call of its own costs 2 MiB that stay
+    return torch.from_numpy(
+        np.linalg.inv(np.eye(len(moment)) + strength / mean_eigenvalue * moment)
+    )
 
 
 def reads_text(unet: torch.nn.Module, name: str) -> bool:
