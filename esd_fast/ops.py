@@ -6,24 +6,26 @@ device. The first use on a device runs a few numbers through each candidate and 
 one that is missing, fails or disagrees is passed over, and ``path_of`` says why.
 
 ``ESD_OPS=torch``, ``native`` or ``triton`` forces one (for tests); it then raises where that one does not work.
+An operator that was never written that way takes torch, and says so.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["OpPath", "guidance_loss", "path_of", "paths"]
+from .operators import geglu as _geglu
+from .operators import group_norm_silu as _group_norm_silu
+from .operators.common import kernels as _kernels
+
+__all__ = ["OpPath", "geglu", "group_norm_silu", "guidance_loss", "path_of", "paths"]
 
 _FORCED = os.environ.get("ESD_OPS", "")
 if _FORCED not in ("", "torch", "native", "triton"):
@@ -31,21 +33,6 @@ if _FORCED not in ("", "torch", "native", "triton"):
 
 
 # --- what there is -----------------------------------------------------------------------------------
-
-
-def _kernels(name: str) -> Any:
-    """The module esd_fast.kernels.<name>; in a checkout that is not installed, kernels/<name>.py."""
-    package = "esd_fast.kernels"
-    if package not in sys.modules and importlib.util.find_spec(package) is None:
-        folder = Path(__file__).resolve().parents[1] / "kernels"
-        spec = importlib.util.spec_from_file_location(
-            package, folder / "__init__.py", submodule_search_locations=[str(folder)]
-        )
-        if spec is None or spec.loader is None:
-            raise ImportError(f"{package} is not installed and {folder} is not there")
-        sys.modules[package] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[package])
-    return importlib.import_module(f"{package}.{name}")
 
 
 @functools.cache
@@ -104,10 +91,13 @@ class OpPath:
 @dataclass(frozen=True)
 class _Op:
     plain: Implementation  # in torch
-    native_cpu: Implementation
-    native_cuda: Implementation
     triton: Implementation
     example: Callable[[torch.device], tuple[Any, ...]]  # small arguments to try a candidate with
+    native_cpu: Implementation | None = None  # None: not written
+    native_cuda: Implementation | None = None
+
+
+_NOT_WRITTEN = "no native version"
 
 
 def _implementation(op: str, way: str, device: torch.device) -> tuple[str, Implementation, str]:
@@ -117,10 +107,13 @@ def _implementation(op: str, way: str, device: torch.device) -> tuple[str, Imple
         return "torch", entry.plain, ""
     if way == "triton":
         return "triton", entry.triton, _why_no_triton(device)
+    run = entry.native_cpu if device.type == "cpu" else entry.native_cuda
+    if run is None:
+        return "native", entry.plain, _NOT_WRITTEN
     why = _why_no_native(device)
     if device.type == "cpu":
-        return f"native-cpu-{_native().cpu_isa()}" if not why else "native", entry.native_cpu, why
-    return f"native-{device.type}", entry.native_cuda, why
+        return f"native-cpu-{_native().cpu_isa()}" if not why else "native", run, why
+    return f"native-{device.type}", run, why
 
 
 def _why_wrong(op: str, run: Implementation, device: torch.device) -> str:
@@ -150,6 +143,8 @@ def _choose(op: str, device: torch.device, forced: str) -> OpPath:
         if not why:
             return OpPath(op, name, skipped, run)
         skipped[name] = why
+    if why == _NOT_WRITTEN:
+        return OpPath(op, "torch", skipped, _OPS[op].plain)
     raise RuntimeError(f"ESD_OPS={forced}, but for {op} on {device}: {skipped[name]}")
 
 
@@ -408,16 +403,60 @@ def _guidance_loss_example(device: torch.device) -> tuple[Any, ...]:
     return tuple(_kernels("reference").guidance_loss_example(device))
 
 
+# --- group_norm_silu and geglu, defined in operators/ --------------------------------------------------
+
+
+def group_norm_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = 1e-5, *, silu: bool = True
+) -> Tensor:
+    """GroupNorm, and SiLU behind it unless `silu` is False, in one go. Maths in float32.
+
+    `x` is (N, C, H, W), `weight` and `bias` (C,), each float32, bfloat16 or float16. The result has x's dtype
+    and is channels_last; an x of another layout is copied first. All three have gradients (first
+    derivatives). Where torch runs it, it is torch's own functions, and the layout is theirs.
+    """
+    _group_norm_silu.check(x, weight, bias, groups)
+    if _torch_runs("group_norm_silu", x):
+        return _group_norm_silu.as_torch(x, weight, bias, groups, eps, silu)
+    return torch.ops.esd_fast.group_norm_silu(x, weight, bias, groups, eps, silu)[0]
+
+
+def geglu(x: Tensor) -> Tensor:
+    """`hidden * gelu(gate)`, the halves of `x` (..., 2 D), with the exact GELU; maths in float32.
+
+    `x` is float32, bfloat16 or float16; the result (..., D) has its dtype. First derivatives only, except
+    where torch runs it: there it is torch's own functions.
+    """
+    _geglu.check(x)
+    if _torch_runs("geglu", x):
+        return _geglu.as_torch(x)
+    return torch.ops.esd_fast.geglu(x)
+
+
+def _torch_runs(op: str, x: Tensor) -> bool:
+    """Whether torch's own functions do it, which then need none of our wrapping. torch.compile gets the
+    operator, which it cannot look into, so that it traces no choosing."""
+    if torch.compiler.is_compiling() or x.device.type == "meta":
+        return False
+    return path_of(op, x.device).name == "torch"
+
+
 # --- registration ------------------------------------------------------------------------------------
 
 _OPS = {
     "guidance_loss": _Op(
         plain=_guidance_loss_torch,
-        native_cpu=_guidance_loss_native_cpu,
-        native_cuda=_guidance_loss_native_cuda,
         triton=_guidance_loss_triton,
         example=_guidance_loss_example,
+        native_cpu=_guidance_loss_native_cpu,
+        native_cuda=_guidance_loss_native_cuda,
     ),
+    "group_norm_silu": _Op(
+        plain=_group_norm_silu.PLAIN,
+        triton=_group_norm_silu.TRITON,
+        example=_group_norm_silu.example,
+    ),
+    "geglu": _Op(plain=_geglu.PLAIN, triton=_geglu.TRITON, example=_geglu.example),
 }
 
 # Library.define and impl rather than torch.library.custom_op: a sixth of its cost a call.
@@ -434,3 +473,5 @@ torch.library.register_autograd(
     setup_context=_guidance_loss_setup,
     lib=_LIBRARY,
 )
+_group_norm_silu.register(_LIBRARY, lambda device: path_of("group_norm_silu", device).run)
+_geglu.register(_LIBRARY, lambda device: path_of("geglu", device).run)
