@@ -85,14 +85,14 @@ def _channels(vector):  # (C,) -> (C, 1, 1)
 
 def group_norm_silu_example(device):
     """Small arguments that reach every branch of a kernel: tails of rows and of channels, more than one
-    tile each way, groups of three across a tile's edge; and a gradient of y."""
+    tile each way, groups of eleven across a tile's edge; and a gradient of y."""
     x, grad = (
         torch.sin(torch.arange(2 * 66 * 5 * 13, device=device) * step + 1.0).view(2, 5, 13, 66)
         for step in (0.7, 1.1)
     )
     weight, bias = (torch.cos(torch.arange(66, device=device) * step + 1.0) for step in (0.3, 0.5))
     # (N, H, W, C) -> (N, C, H, W), channels_last
-    return (x.permute(0, 3, 1, 2), weight, bias, 22, 1e-5, True), grad.permute(0, 3, 1, 2)
+    return (x.permute(0, 3, 1, 2), weight, bias, 6, 1e-5, True), grad.permute(0, 3, 1, 2)
 
 
 def geglu(x):
