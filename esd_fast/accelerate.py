@@ -351,9 +351,9 @@ def attention_shapes(
         if not isinstance(module, Attention):
             continue
         part, index, *_ = name.split(".")
-        level = {"down_blocks": int, "up_blocks": lambda i: last - int(i)}.get(
-            part, lambda _: last
-        )(index)
+        level = last  # of mid_block
+        if part in ("down_blocks", "up_blocks"):
+            level = int(index) if part == "down_blocks" else last - int(index)
         height, width = (-(-n // 2**level) for n in latent_size)  # halved, rounded up
         tokens = height * width
         keys = text_tokens if module.is_cross_attention else tokens
@@ -389,7 +389,7 @@ def why_wrong(
         with torch.enable_grad():
             results = [
                 (y, *torch.autograd.grad(y, inputs, grad))
-                for y in (f(*inputs) for f in (attention, F.scaled_dot_product_attention))
+                for y in (f(*inputs) for f in (attention, _sdpa))
             ]
         right = all(
             (x - y).float().norm() <= 16 * torch.finfo(dtype).eps * y.float().norm()
@@ -398,3 +398,8 @@ def why_wrong(
     except Exception as error:  # noqa: BLE001 -- whatever it is, SDPA does the work
         return f"failed when tried on {shape}: {type(error).__name__}: {str(error).strip()[:200]}"
     return "" if right else f"gave wrong results when tried on {shape}"
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """With a batch dimension, without which torch has no fast kernel: (1, rows, tokens, size)."""
+    return F.scaled_dot_product_attention(query[None], key[None], value[None])[0]
