@@ -13,7 +13,7 @@ import importlib.util
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from diffusers.models.activations import GEGLU
@@ -157,7 +157,7 @@ class Accelerated:
         while self._undo:
             self._undo.pop()()
 
-    def __enter__(self) -> Accelerated:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
