@@ -123,7 +123,7 @@ def group_norm_silu_kernels() -> Iterator[TritonKernel]:
         "group_norm group moments",
         m.group_moments_kernel,
         {
-            "sums_ptr": "*fp32",
+            "means_ptr": "*fp32",
             "squares_ptr": "*fp32",
             **moments,
             **dict.fromkeys(("rows", "members", "groups", "row_blocks"), "i32"),
@@ -143,7 +143,7 @@ def group_norm_silu_kernels() -> Iterator[TritonKernel]:
                 m.tile_moments_kernel,
                 {
                     "x_ptr": f"*{x}",
-                    "sums_ptr": "*fp32",
+                    "means_ptr": "*fp32",
                     "squares_ptr": "*fp32",
                     **{name: kind for name, kind in sizes.items() if name != "members"},
                 },

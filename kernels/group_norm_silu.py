@@ -49,14 +49,11 @@ def silu_gradient(z):
     return sigmoid * (1.0 + z * (1.0 - sigmoid))
 
 
-# --- forward -----------------------------------------------------------------------------------------
-
-
 @triton.jit
 def tile_moments_kernel(
     x_ptr,  # (N, S, C)
-    sums_ptr,  # (N, row_blocks, C), written
-    squares_ptr,  # (N, row_blocks, C), written: squared distances from the tile's mean
+    means_ptr,  # (N, row_blocks, C), written
+    squares_ptr,  # (N, row_blocks, C), written: sums of squared distances from those means
     rows,  # S
     channels,  # C
     row_blocks,  # tiles a column of tiles
@@ -69,16 +66,18 @@ def tile_moments_kernel(
     )
     # float32 straight after each load: the interpreter computes on the raw bits of bfloat16
     x = tl.load(x_ptr + base + offsets, mask=inside, other=0).to(tl.float32)
-    sums = tl.sum(x, axis=0)
-    distance = tl.where(inside, x - (sums / count)[None, :], 0.0)
+    rough = tl.sum(x, axis=0) / count
+    distance = tl.where(inside, x - rough[None, :], 0.0)
+    rest = tl.sum(distance, axis=0) / count  # what the rounding of a large sum has lost
+    squares = tl.maximum(tl.sum(distance * distance, axis=0) - count * rest * rest, 0.0)
     place = block * channels + c
-    tl.store(sums_ptr + place, sums, mask=c < channels)
-    tl.store(squares_ptr + place, tl.sum(distance * distance, axis=0), mask=c < channels)
+    tl.store(means_ptr + place, rough + rest, mask=c < channels)
+    tl.store(squares_ptr + place, squares, mask=c < channels)
 
 
 @triton.jit
 def group_moments_kernel(
-    sums_ptr,  # (N, row_blocks, C)
+    means_ptr,  # (N, row_blocks, C)
     squares_ptr,  # (N, row_blocks, C)
     mean_ptr,  # (N, G), written
     rstd_ptr,  # (N, G), written
@@ -95,22 +94,23 @@ def group_moments_kernel(
     first = (program // groups) * row_blocks * channels + (program % groups) * members
     elements = (rows * 1.0) * members
 
+    level = tl.load(means_ptr + first)  # taken off first: sums of the means would lose digits
     sums = tl.zeros((PARTIALS,), tl.float32)
     for start in range(0, row_blocks * members, PARTIALS):
         i = start + tl.arange(0, PARTIALS)  # block by block, in each the group's channels
         inside = i < row_blocks * members
         offsets = first + (i // members) * channels + i % members
-        sums += tl.load(sums_ptr + offsets, mask=inside, other=0.0)
-    mean = tl.sum(sums, axis=0) / elements
-
+        count = tl.minimum(rows - (i // members) * ROWS, ROWS).to(tl.float32)
+        distance = tl.load(means_ptr + offsets, mask=inside, other=0.0) - level
+        sums += tl.where(inside, count * distance, 0.0)
+    mean = level + tl.sum(sums, axis=0) / elements
     squares = tl.zeros((PARTIALS,), tl.float32)
     for start in range(0, row_blocks * members, PARTIALS):
         i = start + tl.arange(0, PARTIALS)
         inside = i < row_blocks * members
         offsets = first + (i // members) * channels + i % members
         count = tl.minimum(rows - (i // members) * ROWS, ROWS).to(tl.float32)
-        tile_sums = tl.load(sums_ptr + offsets, mask=inside, other=0.0)
-        distance = tile_sums / count - mean
+        distance = tl.load(means_ptr + offsets, mask=inside, other=0.0) - mean
         within = tl.load(squares_ptr + offsets, mask=inside, other=0.0)
         squares += tl.where(inside, within + count * distance * distance, 0.0)
     variance = tl.sum(squares, axis=0) / elements
@@ -165,13 +165,13 @@ def group_norm_silu(x, weight, bias, groups, eps, silu):  # (N, C, H, W) channel
     rows, row_blocks, channel_blocks, programs = tiles(x)
     members = channels // groups
     y = torch.empty_like(x, memory_format=torch.channels_last)
-    mean, rstd, sums, squares = (
+    mean, rstd, means, squares = (
         torch.empty(shape, dtype=torch.float32, device=x.device)
         for shape in ((n, groups),) * 2 + ((n, row_blocks, channels),) * 2
     )
     tile_moments_kernel[(programs,)](
         x,
-        sums,
+        means,
         squares,
         rows,
         channels,
@@ -182,7 +182,7 @@ def group_norm_silu(x, weight, bias, groups, eps, silu):  # (N, C, H, W) channel
         num_warps=4,
     )
     group_moments_kernel[(n * groups,)](
-        sums,
+        means,
         squares,
         mean,
         rstd,
