@@ -247,7 +247,8 @@ def _norms(unet: nn.Module) -> Iterator[Swap | str]:
         elif isinstance(module, Transformer2DModel) and module.is_input_continuous:
             why = _why_not((module, Transformer2DModel), (module.norm, nn.GroupNorm))
             yield why or [(module.norm, Norm), (module, Transformer)]
-    norm, activation = (getattr(unet, n, None) for n in ("conv_norm_out", "conv_act"))
+    norm: Any = getattr(unet, "conv_norm_out", None)
+    activation: Any = getattr(unet, "conv_act", None)
     if norm is not None:
         last: Swap = [(norm, NormSiLU), (activation, AppliedSiLU)]
         yield _why_not((norm, nn.GroupNorm), (activation, nn.SiLU)) or last
@@ -276,8 +277,9 @@ def _why_not(*expected: tuple[Any, type]) -> str:
     """Exact types, since a subclass may do something else. Nothing that watches a module or has replaced
     its forward (accelerate's offloading does): it would see a norm with the SiLU in it, or hide ours."""
     for module, kind in expected:
-        if type(module) is not kind:
-            return f"{type(module).__name__} where {kind.__name__} was expected"
+        found = type(module)
+        if found is not kind:
+            return f"{found.__name__} where {kind.__name__} was expected"
         if "forward" in vars(module):
             return f"{kind.__name__} with a forward of its own"
         if kind in (nn.GroupNorm, nn.SiLU) and _hooked(module):
