@@ -33,6 +33,11 @@ SHARED_LIMITS = {
 }
 
 
+# arguments: by 16, at SD's sizes
+DIVISIBLE = ("elements", "rows", "channels", "columns", "row", "name_stride")
+UNALIGNED = ("index_ptr",)  # a view into a list of numbers
+
+
 @dataclass(frozen=True)
 class Usage:
     """What the assembler says of one kernel on one architecture."""
@@ -66,6 +71,12 @@ class TritonKernel:
 
 def triton_kernels() -> Iterator[TritonKernel]:
     """Everything in kernels/, in the dtypes it is used with."""
+    yield from guidance_loss_kernels()
+    yield from group_norm_silu_kernels()
+    yield from geglu_kernels()
+
+
+def guidance_loss_kernels() -> Iterator[TritonKernel]:
     from esd_fast.kernels import guidance_loss as m
 
     for student, teacher in (
@@ -139,6 +150,90 @@ def guided_step_kernels() -> Iterator[TritonKernel]:
         )
 
 
+def group_norm_silu_kernels() -> Iterator[TritonKernel]:
+    """The tiles do not depend on the shape, so one entry stands for all channels from 320 to 2560."""
+    from esd_fast.kernels import group_norm_silu as m
+
+    tile = {"ROWS": m.ROWS, "CHANNELS": m.CHANNELS}
+    sizes = dict.fromkeys(("rows", "channels", "members", "row_blocks", "channel_blocks"), "i32")
+    moments = {"mean_ptr": "*fp32", "rstd_ptr": "*fp32"}
+    yield TritonKernel(
+        "group_norm group moments",
+        m.group_moments_kernel,
+        {
+            "means_ptr": "*fp32",
+            "squares_ptr": "*fp32",
+            **moments,
+            **dict.fromkeys(("rows", "members", "groups", "row_blocks"), "i32"),
+            "eps": "fp32",
+        },
+        {"ROWS": m.ROWS, "PARTIALS": m.PARTIALS},
+    )
+    for x, parameters in (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp32")):
+        label = f"{x}/{parameters}"
+        of_channels = {"weight_ptr": f"*{parameters}", "bias_ptr": f"*{parameters}"}
+        inputs = {"grad_ptr": f"*{x}", "x_ptr": f"*{x}", **moments, **of_channels}
+        partials = {"for_bias_ptr": "*fp32", "for_weight_ptr": "*fp32"}
+        means = {"level_ptr": "*fp32", "slope_ptr": "*fp32"}
+        if x == parameters:
+            yield TritonKernel(
+                f"group_norm tile moments {x}",
+                m.tile_moments_kernel,
+                {
+                    "x_ptr": f"*{x}",
+                    "means_ptr": "*fp32",
+                    "squares_ptr": "*fp32",
+                    **{name: kind for name, kind in sizes.items() if name != "members"},
+                },
+                tile,
+            )
+            yield TritonKernel(
+                f"group_norm group gradients {x}",
+                m.group_gradients_kernel,
+                {
+                    **partials,
+                    "weight_ptr": f"*{x}",
+                    **means,
+                    **dict.fromkeys(("rows", "members", "groups", "row_blocks"), "i32"),
+                },
+                {"PARTIALS": m.PARTIALS},
+            )
+        for silu in (1, 0) if label == "bf16/bf16" else (1,):  # without is with, and less
+            name, constants = "group_norm" + "_silu" * silu, {"SILU": silu, **tile}
+            yield TritonKernel(
+                f"{name} {label}",
+                m.normalise_kernel,
+                {"x_ptr": f"*{x}", **moments, **of_channels, "y_ptr": f"*{x}", **sizes},
+                constants,
+            )
+            yield TritonKernel(
+                f"{name} tile gradients {label}",
+                m.tile_gradients_kernel,
+                {**inputs, **partials, **sizes},
+                constants,
+            )
+            yield TritonKernel(
+                f"{name} gradient {label}",
+                m.input_gradient_kernel,
+                {**inputs, **means, "grad_x_ptr": f"*{x}", **sizes},
+                constants,
+            )
+
+
+def geglu_kernels() -> Iterator[TritonKernel]:
+    from esd_fast.kernels import geglu as m
+
+    sizes = dict.fromkeys(("rows", "columns", "column_blocks"), "i32")
+    constants = {"ROWS": m.ROWS, "COLUMNS": m.COLUMNS}
+    for x in ("fp32", "bf16", "fp16"):
+        pointers = {"x_ptr": f"*{x}", "y_ptr": f"*{x}"}
+        yield TritonKernel(f"geglu {x}", m.geglu_kernel, {**pointers, **sizes}, constants)
+        pointers = dict.fromkeys(("grad_ptr", "x_ptr", "grad_x_ptr"), f"*{x}")
+        yield TritonKernel(
+            f"geglu gradient {x}", m.geglu_backward_kernel, {**pointers, **sizes}, constants
+        )
+
+
 def compile_triton(kernel: TritonKernel, arch: int) -> Usage:
     import triton
     from triton.backends.compiler import GPUTarget
@@ -150,10 +245,7 @@ def compile_triton(kernel: TritonKernel, arch: int) -> Usage:
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
-        if (
-            signature[name].startswith("*") and name != "index_ptr"
-        )  # a view into a list of numbers
-        or name in ("elements", "row", "name_stride")
+        if (signature[name].startswith("*") and name not in UNALIGNED) or name in DIVISIBLE
     }
     compiled = triton.compile(
         ASTSource(kernel.function, signature, constexprs=kernel.constants, attrs=aligned),
@@ -174,10 +266,9 @@ def compile_triton(kernel: TritonKernel, arch: int) -> Usage:
 def triton_usages() -> list[Usage]:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("TRITON_INTERPRET=1: the interpreter replaces the compiler; unset it")
-    from esd_fast import ops
+    from esd_fast.operators.common import kernels
 
-    ops._kernels("reference")  # makes esd_fast.kernels importable in a checkout too
-
+    kernels("reference")  # makes esd_fast.kernels importable in a checkout too
     return [compile_triton(kernel, arch) for kernel in triton_kernels() for arch in SHARED_LIMITS]
 
 

@@ -6,24 +6,34 @@ device. The first use on a device runs a few numbers through each candidate and 
 one that is missing, fails or disagrees is passed over, and ``path_of`` says why.
 
 ``ESD_OPS=torch``, ``native`` or ``triton`` forces one (for tests); it then raises where that one does not work.
+An operator that was never written that way takes torch, and says so.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["OpPath", "guidance_loss", "guided_step", "path_of", "paths"]
+from .operators import geglu as _geglu
+from .operators import group_norm_silu as _group_norm_silu
+from .operators.common import kernels as _kernels
+
+__all__ = [
+    "OpPath",
+    "geglu",
+    "group_norm_silu",
+    "guidance_loss",
+    "guided_step",
+    "path_of",
+    "paths",
+]
 
 _FORCED = os.environ.get("ESD_OPS", "")
 if _FORCED not in ("", "torch", "native", "triton"):
@@ -31,21 +41,6 @@ if _FORCED not in ("", "torch", "native", "triton"):
 
 
 # --- what there is -----------------------------------------------------------------------------------
-
-
-def _kernels(name: str) -> Any:
-    """The module esd_fast.kernels.<name>; in a checkout that is not installed, kernels/<name>.py."""
-    package = "esd_fast.kernels"
-    if package not in sys.modules and importlib.util.find_spec(package) is None:
-        folder = Path(__file__).resolve().parents[1] / "kernels"
-        spec = importlib.util.spec_from_file_location(
-            package, folder / "__init__.py", submodule_search_locations=[str(folder)]
-        )
-        if spec is None or spec.loader is None:
-            raise ImportError(f"{package} is not installed and {folder} is not there")
-        sys.modules[package] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[package])
-    return importlib.import_module(f"{package}.{name}")
 
 
 @functools.cache
@@ -592,21 +587,65 @@ def _guided_step_example(device: torch.device) -> tuple[Any, ...]:
     return tuple(_kernels("reference").guided_step_example(device))
 
 
+# --- group_norm_silu and geglu, defined in operators/ --------------------------------------------------
+
+
+def group_norm_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = 1e-5, *, silu: bool = True
+) -> Tensor:
+    """GroupNorm, and SiLU behind it unless `silu` is False, in one go. Maths in float32.
+
+    `x` is (N, C, H, W), `weight` and `bias` (C,), each float32, bfloat16 or float16. The result has x's dtype
+    and is channels_last; an x of another layout is copied first. All three have gradients (first
+    derivatives). Where torch runs it, it is torch's own functions, and the layout is theirs.
+    """
+    _group_norm_silu.check(x, weight, bias, groups)
+    if _torch_runs("group_norm_silu", x):
+        return _group_norm_silu.as_torch(x, weight, bias, groups, eps, silu)
+    return torch.ops.esd_fast.group_norm_silu(x, weight, bias, groups, eps, silu)[0]
+
+
+def geglu(x: Tensor) -> Tensor:
+    """`hidden * gelu(gate)`, the halves of `x` (..., 2 D), with the exact GELU; maths in float32.
+
+    `x` is float32, bfloat16 or float16; the result (..., D) has its dtype. First derivatives only, except
+    where torch runs it: there it is torch's own functions.
+    """
+    _geglu.check(x)
+    if _torch_runs("geglu", x):
+        return _geglu.as_torch(x)
+    return torch.ops.esd_fast.geglu(x)
+
+
+def _torch_runs(op: str, x: Tensor) -> bool:
+    """Whether torch's own functions do it, which then need none of our wrapping. torch.compile gets the
+    operator, which it cannot look into, so that it traces no choosing."""
+    if torch.compiler.is_compiling() or x.device.type == "meta":
+        return False
+    return path_of(op, x.device).name == "torch"
+
+
 # --- registration ------------------------------------------------------------------------------------
 
 _OPS = {
     "guidance_loss": _Op(
         plain=_guidance_loss_torch,
-        native_cpu=_guidance_loss_native_cpu,
-        native_cuda=_guidance_loss_native_cuda,
         triton=_guidance_loss_triton,
         example=_guidance_loss_example,
+        native_cpu=_guidance_loss_native_cpu,
+        native_cuda=_guidance_loss_native_cuda,
     ),
     "guided_step": _Op(  # nothing native: a handful of torch's own calls beside a whole UNet
         plain=_guided_step_torch,
         triton=_guided_step_triton,
         example=_guided_step_example,
     ),
+    "group_norm_silu": _Op(
+        plain=_group_norm_silu.PLAIN,
+        triton=_group_norm_silu.TRITON,
+        example=_group_norm_silu.example,
+    ),
+    "geglu": _Op(plain=_geglu.PLAIN, triton=_geglu.TRITON, example=_geglu.example),
 }
 
 # Library.define and impl rather than torch.library.custom_op: a sixth of its cost a call.
@@ -630,3 +669,5 @@ _LIBRARY.define(
 )
 _LIBRARY.impl("guided_step", _guided_step_real, "CompositeExplicitAutograd")
 torch.library.register_fake("esd_fast::guided_step", _guided_step_fake, lib=_LIBRARY)
+_group_norm_silu.register(_LIBRARY, lambda device: path_of("group_norm_silu", device).run)
+_geglu.register(_LIBRARY, lambda device: path_of("geglu", device).run)

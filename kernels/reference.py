@@ -84,3 +84,90 @@ def guided_step_example(device):
     index = torch.tensor([1], device=device)
     scales = table[:, 0].contiguous()
     return predictions, index, table, scales, 1, 3.0, history, inputs, seen, said
+
+
+def group_norm_silu(x, weight, bias, groups, eps, silu):
+    """GroupNorm, and SiLU behind it if `silu`.
+
+    x (N, C, H, W), weight and bias (C,), maths in float32. Returns
+
+        y     (N, C, H, W), x's dtype
+        mean  (N, groups) float32, and
+        rstd  (N, groups) float32, 1 / sqrt(variance + eps): all that the gradient needs besides x
+    """
+    grouped = x.float().reshape(x.shape[0], groups, -1)  # (N, groups, C / groups H W)
+    variance, mean = torch.var_mean(grouped, 2, correction=0)
+    rstd = torch.rsqrt(variance + eps)
+    z = _normalised(x, mean, rstd, groups) * _channels(weight) + _channels(bias)
+    y = torch.nn.functional.silu(z) if silu else z
+    return y.to(x.dtype), mean, rstd
+
+
+def group_norm_silu_backward(grad, x, mean, rstd, weight, bias, groups, silu, parameters):
+    """The gradients of x, weight and bias, each in its dtype; the last two empty unless `parameters`.
+
+    grad (N, C, H, W) is that of group_norm_silu's y, from x, weight and bias as there and its mean and rstd.
+    """
+    normalised = _normalised(x, mean, rstd, groups)
+    grad = grad.float()
+    if silu:
+        z = normalised * _channels(weight) + _channels(bias)
+        sigmoid = torch.sigmoid(z)
+        grad = grad * sigmoid * (1 + z * (1 - sigmoid))
+    grouped = (x.shape[0], groups, -1)
+    of_normalised = (grad * _channels(weight)).reshape(grouped)
+    flat = normalised.reshape(grouped)
+    level = of_normalised.mean(2, keepdim=True)
+    slope = (of_normalised * flat).mean(2, keepdim=True)
+    of_x = rstd[:, :, None] * (of_normalised - level - flat * slope)
+    of_x = of_x.reshape(x.shape).to(x.dtype)
+    if not parameters:
+        return of_x, weight.new_empty(0), bias.new_empty(0)
+    of_weight, of_bias = (grad * normalised).sum((0, 2, 3)), grad.sum((0, 2, 3))
+    return of_x, of_weight.to(weight.dtype), of_bias.to(bias.dtype)
+
+
+def _normalised(x, mean, rstd, groups):
+    grouped = x.float().reshape(x.shape[0], groups, -1)
+    return ((grouped - mean[:, :, None]) * rstd[:, :, None]).reshape(x.shape)
+
+
+def _channels(vector):  # (C,) -> (C, 1, 1)
+    return vector.float()[:, None, None]
+
+
+def group_norm_silu_example(device):
+    """Small arguments that reach every branch of a kernel: tails of rows and of channels, more than one
+    tile each way, groups of eleven across a tile's edge; and a gradient of y."""
+    x, grad = (
+        torch.sin(torch.arange(2 * 66 * 5 * 13, device=device) * step + 1.0).view(2, 5, 13, 66)
+        for step in (0.7, 1.1)
+    )
+    weight, bias = (torch.cos(torch.arange(66, device=device) * step + 1.0) for step in (0.3, 0.5))
+    # (N, H, W, C) -> (N, C, H, W), channels_last
+    return (x.permute(0, 3, 1, 2), weight, bias, 6, 1e-5, True), grad.permute(0, 3, 1, 2)
+
+
+def geglu(x):
+    """hidden * gelu(gate), the two halves of x (..., 2 D); the GELU by the error function, maths in float32.
+
+    Returns y (..., D) in x's dtype, in a tuple of one.
+    """
+    hidden, gate = x.float().chunk(2, -1)
+    return ((hidden * torch.nn.functional.gelu(gate)).to(x.dtype),)
+
+
+def geglu_backward(grad, x):
+    """The gradient of x (..., 2 D), from grad (..., D), that of geglu's y; in a tuple of one."""
+    hidden, gate = x.float().chunk(2, -1)
+    grad = grad.float()
+    below = 0.5 + 0.5 * torch.erf(gate * 0.5**0.5)
+    slope = below + gate * torch.exp(-0.5 * gate.square()) * (2 * torch.pi) ** -0.5
+    return (torch.cat((grad * gate * below, grad * hidden * slope), -1).to(x.dtype),)
+
+
+def geglu_example(device):
+    """Small arguments with tails of rows and columns and more than one tile; and a gradient of y."""
+    x = 3 * torch.sin(torch.arange(5 * 2 * 259, device=device) * 0.7 + 1.0)
+    grad = torch.sin(torch.arange(5 * 259, device=device) * 1.1 + 1.0)
+    return (x.view(1, 5, 518),), grad.view(1, 5, 259)

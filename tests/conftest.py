@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from .operator_cases import geglu_case, make_geglu_case, make_norm_case, norm_case  # noqa: F401
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

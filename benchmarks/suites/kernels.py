@@ -9,6 +9,7 @@ The numbers are small enough to stay in a cache, for the copy as well.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -126,9 +127,45 @@ def step_eager(predictions: Tensor, latents: Tensor, by: Stepper) -> Tensor:
     return torch.stack([latents] * 2).to(predictions.dtype)
 
 
+# --- group_norm_silu and geglu ------------------------------------------------------------------------
+
+NORMS = ((2, 320, 64, 64), (2, 640, 32, 32), (2, 1280, 8, 8), (1, 2560, 16, 16), (1, 320, 128, 128))
+GEGLUS = (
+    (2, 4096, 2560),
+    (2, 1024, 5120),
+    (2, 256, 10240),
+)  # SD 1.x at 512 pixels: two halves each
+
+
+def norm_arguments(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> tuple[Any, ...]:
+    """x channels_last, and weight and bias of a frozen norm."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator).to(device, dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    weight, bias = (torch.randn(shape[1], generator=generator).to(device, dtype) for _ in range(2))
+    return x.requires_grad_(), weight, bias, math.gcd(32, shape[1] // 2)
+
+
+def norm_eager(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
+    return F.silu(F.group_norm(x, groups, weight, bias))
+
+
+def geglu_arguments(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> tuple[Any, ...]:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    return (x.requires_grad_(),)
+
+
+def geglu_eager(x: Tensor) -> Tensor:
+    """As diffusers writes it."""
+    hidden, gate = x.chunk(2, dim=-1)
+    return hidden * F.gelu(gate)
+
+
 OPERATORS: dict[str, Operator] = {
     "guidance_loss": Operator(LATENTS, guidance_arguments, guidance_ours, guidance_eager),
     "guided_step": Operator(LATENTS, step_arguments, step_ours, step_eager),
+    "group_norm_silu": Operator(NORMS, norm_arguments, ops.group_norm_silu, norm_eager),
+    "geglu": Operator(GEGLUS, geglu_arguments, ops.geglu, geglu_eager),
 }
 
 
@@ -171,7 +208,10 @@ class Case:
         operator = OPERATORS[self.operator]
         arguments = operator.arguments(self.shape, self.dtype, self.device)
         output = operator.eager(*arguments)
-        upstream = None if output.dim() == 0 else torch.randn_like(output)
+        upstream = None
+        if output.dim():
+            numbers = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+            upstream = torch.empty_like(output).copy_(numbers)  # in its memory layout
         return partial(forward_and_gradient, function, arguments, upstream)
 
     def least_bytes(self) -> int:

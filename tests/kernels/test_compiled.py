@@ -11,5 +11,7 @@ def test_triton_kernels_compile_ahead_of_time(run_python, tmp_path):
     output = run_python("benchmarks/compile_kernels.py", "triton", TRITON_CACHE_DIR=str(tmp_path))
     for arch in (75, 80, 86, 89, 90, 100, 120):
         assert f"sm_{arch}" in output
-    assert "guidance_loss bf16/bf16" in output
+    for kernel in ("guidance_loss", "group_norm_silu", "group_norm_silu gradient"):
+        assert f"{kernel} bf16/bf16" in output
+    assert "geglu gradient bf16" in output
     assert "guided_step bf16 3 samples" in output

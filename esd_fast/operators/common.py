@@ -1,0 +1,79 @@
+"""What several operators need: the kernels' modules, and the two halves of a differentiable one."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Implementation = Callable[..., tuple[Tensor, ...]]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def kernels(name: str) -> Any:
+    """The module esd_fast.kernels.<name>; in a checkout that is not installed, kernels/<name>.py."""
+    package = "esd_fast.kernels"
+    if package not in sys.modules and importlib.util.find_spec(package) is None:
+        folder = Path(__file__).resolve().parents[2] / "kernels"
+        spec = importlib.util.spec_from_file_location(
+            package, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{package} is not installed and {folder} is not there")
+        sys.modules[package] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[package])
+    return importlib.import_module(f"{package}.{name}")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One way of running an operator and its gradient. A call runs both on an example (what the operator
+    takes, the gradient of its first result): so a way whose gradient is wrong is not taken either."""
+
+    forward: Implementation
+    backward: Implementation
+    gradient_arguments: Callable[..., tuple[Any, ...]]  # (grad, arguments, results) -> backward's
+
+    def __call__(self, arguments: tuple[Any, ...], grad: Tensor) -> tuple[Tensor, ...]:
+        results = self.forward(*arguments)
+        return *results, *self.backward(*self.gradient_arguments(grad, arguments, results))
+
+
+def plain(name: str) -> Implementation:
+    """The torch formula kernels/reference.py:<name>."""
+
+    def run(*arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(getattr(kernels("reference"), name)(*arguments))
+
+    return run
+
+
+def triton(module: str, name: str) -> Implementation:
+    """The launcher kernels/<module>.py:<name>, on the device of its first argument."""
+
+    def run(first: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        launch = getattr(kernels(module), name)
+        if first.device.type != "cuda":  # the interpreter
+            return tuple(launch(first, *arguments))
+        with torch.cuda.device(first.device):
+            return tuple(launch(first, *arguments))
+
+    return run
+
+
+def check_dtype(name: str, value: Tensor) -> None:
+    if value.dtype not in DTYPES:
+        raise ValueError(f"{name}: dtype {value.dtype}: use float32, bfloat16 or float16")
+
+
+def refuse_second_derivative(op: str) -> None:
+    """For backward: gradients are on in there with create_graph=True alone."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{op} has no second derivative: do without create_graph=True")

@@ -1,0 +1,140 @@
+"""ops.group_norm_silu on the CPU: torch's own functions, and the operator. tests/kernels runs this file again
+through Triton's interpreter."""
+
+import os
+
+import pytest
+import torch
+
+from esd_fast import ops
+
+OPERATOR = torch.ops.esd_fast.group_norm_silu
+
+# Below -88 the SiLU is y / (1 + inf) = -0, as it should be; the interpreter's NumPy warns of it.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+
+
+@pytest.fixture
+def wrapped(monkeypatch):
+    """The operator itself, where torch's own functions would be taken without it."""
+    monkeypatch.setattr(ops, "_torch_runs", lambda *_: False)
+
+
+def test_matches_float64(norm_case):
+    norm_case.check(ops.group_norm_silu)
+
+
+@pytest.mark.skipif(os.environ.get("ESD_OPS") == "triton", reason="the same as above")
+@pytest.mark.usefixtures("wrapped")
+def test_the_operator_matches_float64(norm_case):
+    norm_case.check(ops.group_norm_silu)
+
+
+def test_torch_runs_it_as_plain_torch(make_norm_case):
+    if ops.path_of("group_norm_silu").name != "torch":
+        pytest.skip("something else runs it")
+    case = make_norm_case()
+    inputs, _ = case.inputs()
+    y = case.ours(ops.group_norm_silu)(inputs[0].requires_grad_(), *inputs[1:])
+    assert torch.equal(y, case.exact(*inputs))
+    assert y.grad_fn.name() == "SiluBackward0"
+
+
+LAYOUTS = [
+    torch.Tensor.contiguous,
+    lambda x: torch.stack((x, x), -1).flatten(-2)[..., ::2],  # gaps
+    lambda x: torch.cat((x, x), 1)[:, : x.shape[1]],  # a part of the channels, as chunk gives
+    lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+]
+
+
+@pytest.mark.usefixtures("wrapped")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout_in_channels_last_out(layout, make_norm_case):
+    inputs, grad = make_norm_case().inputs()
+    expected = OPERATOR(*inputs, 2, 1e-5, True)
+    results = OPERATOR(layout(inputs[0]), *inputs[1:], 2, 1e-5, True)
+    assert results[0].is_contiguous(memory_format=torch.channels_last)
+    for x, y in zip(results, expected, strict=True):
+        assert torch.equal(x, y)
+    _, mean, rstd = expected
+    backward = torch.ops.esd_fast.group_norm_silu_backward
+    rest = (mean, rstd, *inputs[1:], 2, True, True)
+    expected = backward(grad, inputs[0], *rest)
+    for x, y in zip(backward(layout(grad), layout(inputs[0]), *rest), expected, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.usefixtures("wrapped")
+def test_keeps_x_itself_and_two_numbers_a_group(make_norm_case):
+    (x, weight, bias), _ = make_norm_case().inputs()
+    kept = []
+
+    def keep(value):
+        kept.append((value.data_ptr(), value.numel()))
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        y = ops.group_norm_silu(x.requires_grad_(), weight, bias, 2)
+    assert y.requires_grad
+    ours = {t.data_ptr() for t in (x, weight, bias)}
+    assert sorted(n for pointer, n in kept if pointer not in ours) == [4, 4]  # mean, rstd
+
+
+@pytest.mark.usefixtures("wrapped")
+def test_only_the_gradients_asked_for(make_norm_case):
+    (x, weight, bias), grad = make_norm_case().inputs()
+    y = ops.group_norm_silu(x, weight, bias.requires_grad_(), 2)
+    y.backward(grad)
+    assert bias.grad is not None
+    assert x.grad is None
+    assert weight.grad is None
+    assert not ops.group_norm_silu(x, weight, bias.detach(), 2).requires_grad
+
+
+@pytest.mark.usefixtures("wrapped")
+def test_second_derivative_is_refused(make_norm_case):
+    (x, weight, bias), _ = make_norm_case().inputs()
+    y = ops.group_norm_silu(x.requires_grad_(), weight, bias, 2)
+    with pytest.raises(RuntimeError, match="group_norm_silu has no second derivative"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(2, 6, 5)}, r"x: shape \(2, 6, 5\): give \(N, C, H, W\)"),
+        ({"x": torch.zeros(0, 6, 5, 5)}, "with at least one number"),
+        ({"x": torch.zeros(2, 6, 5, 7, dtype=torch.float64)}, "x: dtype torch.float64: use"),
+        ({"groups": 4}, "groups=4: use a divisor of x's 6 channels"),
+        ({"groups": 0}, "groups=0"),
+        ({"weight": torch.zeros(5)}, r"weight: shape \(5,\): use \(6,\)"),
+        ({"bias": torch.zeros(6, dtype=torch.int32)}, "bias: dtype torch.int32"),
+        ({"bias": torch.zeros(6, device="meta")}, "bias: on meta: move it to x's device, cpu"),
+    ],
+)
+def test_wrong_arguments(change, message, make_norm_case):
+    (x, weight, bias), _ = make_norm_case().inputs()
+    arguments = {"x": x, "weight": weight, "bias": bias, "groups": 2, **change}
+    with pytest.raises(ValueError, match=message):
+        ops.group_norm_silu(**arguments)
+    with pytest.raises(ValueError, match=message):
+        OPERATOR(**arguments, eps=1e-5, silu=True)
+
+
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype, silu, make_norm_case):
+    (x, weight, bias), grad = make_norm_case(dtype=dtype).inputs()
+    arguments = (x.requires_grad_(), weight.requires_grad_(), bias, 2, 1e-5, silu)
+    torch.library.opcheck(OPERATOR.default, arguments)
+    _, mean, rstd = OPERATOR(*arguments)
+    torch.library.opcheck(
+        torch.ops.esd_fast.group_norm_silu_backward.default,
+        (grad, x.detach(), mean, rstd, weight.detach(), bias, 2, silu, True),
+    )
+
+
+def test_native_was_not_written():
+    path = ops._choose("group_norm_silu", torch.device("cpu"), "native")
+    assert (path.name, path.skipped) == ("torch", {"native": "no native version"})
