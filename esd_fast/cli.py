@@ -122,6 +122,7 @@ def add_plan(commands: Any) -> None:
     say("--resolution", type=int, metavar="PIXELS", help="default: the model's own")
     say("--batch-size", type=int, default=1, metavar="N", help="samples a step (default: 1)")
     say("--dtype", choices=CHOICES["dtype"][1:], default="bfloat16", help="of the frozen weights")
+    say("--fused-adam", action="store_true", help="as if Adam took no workspace (fused=True)")
     say("--vram", metavar="SIZE", help="of the card, such as 8GB")
     say("--json", action="store_true", help="as JSON, in bytes")
 

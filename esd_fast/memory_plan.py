@@ -64,7 +64,10 @@ class MemoryPlan:
     masters_and_frozen: int
     optimizer: int
     gradients: int
-    """Float32, when Adam moves the masters; Adam on CUDA takes as much again while it works."""
+    """Float32, when Adam moves the masters."""
+    adam_workspace: int
+    """What torch's Adam takes on CUDA while it works (a root for each second moment, all at
+    once); nothing where it is fused."""
     libraries: int
     collect: dict[int, int]
     """By `collect_batch_size`, the peak of collecting, everything that is held included."""
@@ -103,6 +106,7 @@ def plan_memory(
     dtype: str = "bfloat16",
     prompts: int = 2,
     vae_scale_factor: int = 8,
+    fused_adam: bool = False,
 ) -> MemoryPlan:
     """Count every choice for the UNet of `unet_config`; takes seconds, and a few megabytes.
 
@@ -119,6 +123,7 @@ def plan_memory(
     weights = every * itemsize
     masters = trained * (itemsize + (0 if dtype == "float32" else MASTER))
     optimizer, gradients = trained * ADAM, trained * GRADIENT
+    adam_workspace = 0 if fused_adam else gradients
 
     def total(held: int, passing: int) -> int:
         return held + LIBRARIES + round(passing * (1 + SLACK))
@@ -128,7 +133,7 @@ def plan_memory(
     plain = count_step(unet, side, batch_size, lean=False)
     choices = []
     for blocks, lean, step in [((), False, plain), *lean_steps(unet, names, side, batch_size)]:
-        passing = max(step.peak, 2 * gradients)  # the backward, or Adam at work
+        passing = max(step.peak, gradients + adam_workspace)  # the backward, or Adam at work
         choices.append(
             Choice(
                 checkpointed=blocks,
@@ -151,6 +156,7 @@ def plan_memory(
         masters_and_frozen=masters,
         optimizer=optimizer,
         gradients=gradients,
+        adam_workspace=adam_workspace,
         libraries=LIBRARIES,
         # Adam has no state yet where everything is collected first
         collect={

@@ -80,6 +80,14 @@ def test_float32_weights_are_their_own_masters():
     assert plan.masters_and_frozen == 4 * plan.trained
 
 
+def test_fused_adam_saves_its_workspace_where_the_update_is_the_worst_moment():
+    plain, fused = (
+        plan_memory("sd1", small("sd1"), "esd-all", 64, fused_adam=fused) for fused in (False, True)
+    )
+    assert (plain.adam_workspace, fused.adam_workspace) == (4 * plain.trained, 0)
+    assert 0 < plain.choices[-1].total - fused.choices[-1].total <= 4 * plain.trained * 1.1 + 1
+
+
 def test_full_size_models_are_packaged():
     millions = {"sd1": 859.5, "sd2": 865.9, "sdxl": 2567.5}
     for model, size in millions.items():

@@ -37,6 +37,7 @@ def plan(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         dtype=arguments.dtype,
         vae_scale_factor=scale,
+        fused_adam=arguments.fused_adam,
     )
     print(json.dumps(as_json(made, vram), indent=1) if arguments.json else as_text(made, vram))
     return 0 if vram is None or made.fitting(vram) else 1
@@ -80,6 +81,7 @@ def as_text(made: MemoryPlan, vram: int | None) -> str:
         "masters and frozen copies": made.masters_and_frozen,
         "optimizer state": made.optimizer,
         "gradients, float32": made.gradients,
+        "Adam's workspace": made.adam_workspace,
         "libraries (an allowance)": made.libraries,
     }
     heading = (
