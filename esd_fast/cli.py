@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     add_train(commands)
     add_generate(commands)
     add_info(commands)
+    add_plan(commands)
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return top
@@ -107,6 +108,25 @@ def add_info(commands: Any) -> None:
     info.add_argument("--json", action="store_true", help="as JSON")
 
 
+def add_plan(commands: Any) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="the memory that an erasure needs, before anything is loaded",
+        description="Count what training would need, choice by choice, and name the fastest that "
+        "fits a card. Only configurations are read.",
+    )
+    plan.set_defaults(run=run_plan)
+    say = plan.add_argument
+    say("--model", metavar="MODEL", required=True, help="sd1, sd2, sdxl, a folder or a hub id")
+    say("--method", dest="train_method", default="esd-x", metavar="METHOD", help="default: esd-x")
+    say("--resolution", type=int, metavar="PIXELS", help="default: the model's own")
+    say("--batch-size", type=int, default=1, metavar="N", help="samples a step (default: 1)")
+    say("--dtype", choices=CHOICES["dtype"][1:], default="bfloat16", help="of the frozen weights")
+    say("--fused-adam", action="store_true", help="as if Adam took no workspace (fused=True)")
+    say("--vram", metavar="SIZE", help="of the card, such as 8GB")
+    say("--json", action="store_true", help="as JSON, in bytes")
+
+
 def run_train(arguments: argparse.Namespace) -> int:
     from .commands.train import train
 
@@ -123,6 +143,12 @@ def run_info(arguments: argparse.Namespace) -> int:
     from .commands.info import info
 
     return info(arguments)
+
+
+def run_plan(arguments: argparse.Namespace) -> int:
+    from .commands.plan import plan
+
+    return plan(arguments)
 
 
 if __name__ == "__main__":
