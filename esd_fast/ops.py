@@ -14,7 +14,8 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,16 +28,19 @@ from .operators.common import kernels as _kernels
 
 __all__ = [
     "OpPath",
+    "forced",
     "geglu",
     "group_norm_silu",
     "guidance_loss",
     "guided_step",
     "path_of",
     "paths",
+    "ways",
 ]
 
+WAYS = ("torch", "native", "triton")
 _FORCED = os.environ.get("ESD_OPS", "")
-if _FORCED not in ("", "torch", "native", "triton"):
+if _FORCED and _FORCED not in WAYS:
     raise ValueError(f"ESD_OPS={_FORCED!r}: use torch, native or triton, or leave it unset")
 
 
@@ -164,6 +168,32 @@ def path_of(op: str, device: torch.device | str = "cpu") -> OpPath:
     if device == torch.device("cuda"):  # the current one
         device = torch.device("cuda", torch.cuda.current_device())
     return _choose(op, device, _FORCED)
+
+
+def ways(op: str, device: torch.device | str = "cpu") -> dict[str, tuple[str, str]]:
+    """Every way to run `op` on `device`, for comparing them: its full name, and why it does not work,
+    '' where it does."""
+    device, found = torch.device(device), {}
+    for way in ("torch", "native", *(("triton",) if device.type == "cuda" else ())):
+        name, run, why = _implementation(op, way, device)
+        found[way] = name, why or ("" if way == "torch" else _why_wrong(op, run, device))
+    return found
+
+
+@contextmanager
+def forced(way: str) -> Iterator[None]:
+    """Within: `way` runs every operator, in all threads, as ESD_OPS does for a whole process.
+
+    For tests and benchmarks. A plain global, since autograd's own threads have to see it.
+    """
+    global _FORCED
+    if way not in WAYS:
+        raise ValueError(f"way={way!r}: use {', '.join(WAYS)}")
+    before, _FORCED = _FORCED, way
+    try:
+        yield
+    finally:
+        _FORCED = before
 
 
 def paths(device: torch.device | str = "cpu") -> dict[str, str]:

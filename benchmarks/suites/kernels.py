@@ -281,9 +281,7 @@ def paths_of(name: str, device: str) -> tuple[str, dict[str, str], dict[str, str
     """The chosen path's full name; the others that work (way: full name); and why the rest does not."""
     chosen = ops.path_of(name, device)
     working, missing = {}, {}
-    for way in ("torch", "native", *(("triton",) if on_cuda(device) else ())):
-        full, implementation, why = ops._implementation(name, way, torch.device(device))
-        why = why or ops._why_wrong(name, implementation, torch.device(device))
+    for way, (full, why) in ops.ways(name, device).items():
         if why:
             missing[way] = why
         elif full != chosen.name:
@@ -292,12 +290,8 @@ def paths_of(name: str, device: str) -> tuple[str, dict[str, str], dict[str, str
 
 
 def through(way: str, call: Callable[[], object]) -> object:
-    """`call` with one way forced, as ESD_OPS does for a whole process."""
-    before, ops._FORCED = ops._FORCED, way
-    try:
+    with ops.forced(way):
         return call()
-    finally:
-        ops._FORCED = before
 
 
 def bytes_of(*tensors: Sequence[Any]) -> int:

@@ -80,9 +80,14 @@ def test_guided_step_reads_two_predictions_and_the_latents_and_writes_two_inputs
 
 
 def test_a_forced_way_is_forced_for_the_call_alone():
-    before = ops._FORCED
-    assert kernels.through("torch", lambda: ops._FORCED) == "torch"
-    assert before == ops._FORCED
+    def skipped() -> dict[str, str]:
+        return ops.path_of("guidance_loss").skipped
+
+    before = skipped()
+    assert kernels.through("torch", skipped) == {}  # nothing else was tried
+    assert skipped() == before
+    with pytest.raises(ValueError, match="way='fast': use torch, native, triton"):
+        kernels.through("fast", skipped)
 
 
 def test_kernels_quick():
