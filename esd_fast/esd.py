@@ -247,7 +247,7 @@ def finish(
             "attention": attention_path(model.unet),
             "scheduler": noted.scheduler_path,
             "cuda_graphs": "no: not built yet",
-            **ops.paths(device),
+            **{op: str(ops.path_of(op, device)) for op in ("guidance_loss", "guided_step")},
         },
         "versions": versions(),
     }

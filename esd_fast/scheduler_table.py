@@ -78,9 +78,8 @@ def measure(scheduler: Any, num_inference_steps: int, start: int) -> SchedulerTa
     """One trajectory whose start and predictions are the N + 1 unit vectors: its states are U."""
     timesteps = begun(scheduler, num_inference_steps, start)
     calls = len(timesteps)
-    units = torch.eye(calls + 1, device="cpu").view(
-        calls + 1, 1, calls + 1, 1, 1
-    )  # latents (B, C, h, w)
+    # latents (B, C, h, w); dtypes are said: a caller may have set another default
+    units = torch.eye(calls + 1, dtype=torch.float32, device="cpu").view(-1, 1, calls + 1, 1, 1)
     ones = torch.ones_like(units[0])
     states, scales = [units[0]], []
     for timestep, prediction in zip(timesteps, units[1:], strict=True):
@@ -102,7 +101,8 @@ def why_not(table: SchedulerTable, scheduler: Any, num_inference_steps: int, sta
         return "its steps are not linear, or draw noise"
     timesteps = begun(scheduler, num_inference_steps, start)
     generator = torch.Generator("cpu").manual_seed(0)
-    history = torch.randn(len(timesteps) + 1, 1, 4, 8, 8, generator=generator, device="cpu")
+    shape = (len(timesteps) + 1, 1, 4, 8, 8)
+    history = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
     history[0] *= table.init_noise_sigma
     state = history[0]
     for call, timestep in enumerate(timesteps):

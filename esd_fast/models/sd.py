@@ -43,7 +43,7 @@ class StableDiffusion:
         try:
             encoder.to(device)
             embeddings, _ = pipeline.encode_prompt(
-                prompts, device, num_images_per_prompt=1, do_classifier_free_guidance=False
+                prompt, device, num_images_per_prompt=1, do_classifier_free_guidance=False
             )
         finally:
             encoder.to(home)
