@@ -52,7 +52,8 @@ class EraseConfig:
     """Timesteps: the model's own scheduler, or the DDIM lists of the two published scripts."""
     keep_vocabulary: float = 0.0
     """How strongly the tokenizer's other words hold back updates of cross-attention's keys and
-    values (vocabulary.py); 0: not at all, as in the scripts; 1: as strongly as plain decay does."""
+    values (vocabulary.py); 0: not at all, as in the scripts; 1: by half in a direction that is as
+    common in their states as the average one, by more in a commoner one."""
     collect_batch_size: int = 4
     """Trajectories side by side while collecting (the fused forward holds two or three times as
     many passes). Speed and memory, not the result, depend on it."""

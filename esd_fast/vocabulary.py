@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 
     from .models import Model
 
-WORDS_AT_MOST = 512  # of Stable Diffusion's 49,408 tokens: more hardly move the mean
+WORDS_AT_MOST = (
+    512  # of Stable Diffusion's 49,408 tokens, for time's sake; no other number was tried
+)
 WORD_END = "</w>"  # CLIP's tokenizers mark the tokens that end a word
-BATCH = 2  # what encoding holds at once is not to be the peak of a run
 
 
 def words_of(tokenizer: Any, at_most: int = WORDS_AT_MOST) -> list[str]:
@@ -56,9 +57,12 @@ def second_moment(model: Model, words: Sequence[str], resolution: int) -> torch.
     """C (D, D) float32 on the CPU: mean of e e^T over all places of the empty prompt and of each
     word as a prompt, padding included, since attention reads it too."""
     prompts = ["", *words]
+    # on the CPU encoding is not to be a run's peak of memory; elsewhere each call of `encode` may
+    # bring the text encoder to the device and back
+    at_once = 2 if model.device.type == "cpu" else 64
     total, count = torch.zeros(()), 0
-    for first in range(0, len(prompts), BATCH):
-        batch = prompts[first : first + BATCH]
+    for first in range(0, len(prompts), at_once):
+        batch = prompts[first : first + at_once]
         encoded = model.family.encode(model.pipeline, batch, resolution)
         states = encoded.encoder_hidden_states.flatten(0, 1).float().cpu()  # (B * L, D)
         total = total + states.T @ states
