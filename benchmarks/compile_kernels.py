@@ -137,7 +137,7 @@ def guided_step_kernels() -> Iterator[TritonKernel]:
                 **dict.fromkeys(("table_ptr", "input_scales_ptr", "history_ptr"), "*fp32"),
                 "guidance_scale": "fp32",
                 **dict.fromkeys(
-                    ("elements", "blocks", "row", "calls", "name_stride", "columns"), "i32"
+                    ("elements", "blocks", "row", "calls", "name_stride", "table_stride"), "i32"
                 ),
             },
             {

@@ -14,7 +14,7 @@ AHEAD = 8  # rows of the history in flight at once
 
 # One binary, whatever the length of a trajectory and the place of the index.
 @triton.jit(
-    do_not_specialize=["blocks", "calls", "columns"],
+    do_not_specialize=["blocks", "calls", "table_stride"],
     do_not_specialize_on_alignment=["index_ptr"],
 )
 def guided_step_kernel(
@@ -32,7 +32,7 @@ def guided_step_kernel(
     row,  # B M
     calls,
     name_stride,  # B calls M
-    columns,
+    table_stride,
     NAMES: tl.constexpr,  # N
     ROLLED: tl.constexpr,  # which of them is followed
     BLOCK: tl.constexpr,
@@ -62,7 +62,7 @@ def guided_step_kernel(
     guided = null + guidance_scale * (rolled - null)
     tl.store(history_ptr + (index + 1) * row + here, guided, mask=inside)
 
-    coefficients_ptr = table_ptr + (index + 1) * columns
+    coefficients_ptr = table_ptr + (index + 1) * table_stride
     state = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, tl.where(known, index + 1, 0), AHEAD):
         for ahead in tl.static_range(AHEAD):

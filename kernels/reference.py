@@ -56,10 +56,16 @@ def guided_step(
     index = index.view(1)
     null, followed = predictions[0].float(), predictions[rolled].float()
     history.index_copy_(0, index + 1, (null + guidance_scale * (followed - null)).unsqueeze(0))
-    # Where reading the index costs nothing the sum ends there; else it runs on, over zeros.
-    known = history[: int(index) + 2] if history.device.type == "cpu" else history
-    coefficients = table.index_select(0, index + 1)[0, : len(known)]
-    state = (coefficients.view(-1, *(1,) * null.dim()) * known).sum(0)
+    if (
+        history.device.type == "cpu"
+    ):  # reading the index costs nothing: the sum ends there, in place
+        after = int(index) + 1
+        state = torch.zeros_like(null)
+        for coefficient, past in zip(table[after, : after + 1].tolist(), history, strict=False):
+            state.add_(past, alpha=coefficient)
+    else:  # over the whole history, whose rows to come count nothing
+        coefficients = table.index_select(0, index + 1)[0, : len(history)]
+        state = (coefficients.view(-1, *(1,) * null.dim()) * history).sum(0)
     scaled = (state * input_scales.index_select(0, index + 1)).to(inputs.dtype)
     inputs.copy_(scaled)  # (B, ...) to each of (N, B, ...)
     if seen is not None:
