@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from esd_fast import ops
+from esd_fast.operators import common
 
 guidance_loss = ops.guidance_loss
 
@@ -253,7 +254,7 @@ forced = pytest.mark.skipif("ESD_OPS" in os.environ, reason="ESD_OPS names the w
 @pytest.fixture
 def fresh():
     """Choices are made anew in this test and after it."""
-    caches = (ops._native, ops._choose)
+    caches = (common.native, ops._choose)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -271,7 +272,7 @@ def test_forced_way_is_taken():
 def test_without_the_native_module(monkeypatch, guidance_arguments, guidance_results):
     fast = guidance_results(guidance_loss, guidance_arguments())
     ops._choose.cache_clear()
-    ops._native.cache_clear()
+    common.native.cache_clear()
     monkeypatch.setitem(sys.modules, "esd_fast._native", None)
     path = ops.path_of("guidance_loss")
     assert (path.name, path.skipped) == ("torch", {"native": "native module not built"})
@@ -290,11 +291,11 @@ def test_without_triton(monkeypatch):
     ("native", "why"),
     [
         (
-            lambda *args: [x + 1 for x in ops._guidance_loss_torch(*args)],
+            lambda *args: [x + 1 for x in ops._guidance_loss.PLAIN(*args)],
             "gave wrong results when tried",
         ),
         (
-            lambda *args: [x * float("nan") for x in ops._guidance_loss_torch(*args)],
+            lambda *args: [x * float("nan") for x in ops._guidance_loss.PLAIN(*args)],
             "gave wrong results",
         ),
         (lambda *_: 1 / 0, "failed when tried: ZeroDivisionError: division by zero"),

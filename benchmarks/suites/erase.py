@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 SWEEP_FILES = Path(__file__).parents[1] / "results" / "learning_rates"
 SWEEP_RATES: dict[str, tuple[float, ...]] = {
     "esd_fast": (1e-3, 2e-3, 4e-3),
-    "reference": (1e-4, 3e-4, 1e-3),
+    "reference": (1e-4, 3e-4, 1e-3, 3e-3),
     "paper": (1e-4, 3e-4, 1e-3),
     "lora": (1e-4, 1e-3, 3e-3),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import sys
@@ -15,6 +16,13 @@ from torch import Tensor
 
 Implementation = Callable[..., tuple[Tensor, ...]]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}  # csrc/tensor_view.h
+
+
+@functools.cache
+def native() -> Any:
+    """The C++ module. Raises ImportError where it was not built or does not load."""
+    return importlib.import_module("esd_fast._native")
 
 
 def kernels(name: str) -> Any:
