@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from . import ops
 
-__all__ = ["Accelerated", "accelerate", "restore"]
+__all__ = ["Accelerated", "accelerate", "is_accelerated", "restore"]
 
 
 # --- the classes -------------------------------------------------------------------------------------
@@ -122,6 +122,10 @@ PLAIN: dict[type, type] = {
 }
 
 
+def is_accelerated(unet: nn.Module) -> bool:
+    return any(type(module) in PLAIN for module in unet.modules())
+
+
 def restore(unet: nn.Module) -> None:
     """Every module's class as diffusers made it: for copies (deepcopy) of an accelerated UNet."""
     for module in unet.modules():
@@ -177,7 +181,7 @@ def accelerate(
     the shape that xformers, where it is installed, is tried with; the UNet's own sample_size by default.
     `always` changes the modules even where torch runs the operators and nothing is won (for tests).
     """
-    if any(type(module) in PLAIN for module in unet.modules()):
+    if is_accelerated(unet):
         raise ValueError("unet: is accelerated already; undo that, or restore(unet), first")
     done = Accelerated(unet)
     device = next(unet.parameters()).device

@@ -73,6 +73,8 @@ def add_train(commands: Any) -> None:
     say("--num-inference-steps", type=int, metavar="N", help="scheduler steps of a trajectory")
     say("--keep-vocabulary", type=float, metavar="X", help="hold to other words' meaning; 0: off")
     say("--collect-batch-size", type=int, metavar="N", help="trajectories side by side")
+    say("--vram", metavar="SIZE", help="memory to fit, such as 8GB (default: what is free)")
+    say("--checkpointing", choices=CHOICES["checkpointing"], help="default: as --vram demands")
     say("--resolution", type=int, metavar="PIXELS", help="default: the model's own")
     say("--seed", type=int, metavar="N", help="default: 0")
     say("--dtype", choices=CHOICES["dtype"], help="of the frozen weights")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -57,6 +58,12 @@ class EraseConfig:
     collect_batch_size: int = 4
     """Trajectories side by side while collecting (the fused forward holds two or three times as
     many passes). Speed and memory, not the result, depend on it."""
+    checkpointing: Literal["auto", "none", "all"] = "auto"
+    """Blocks of the UNet that run again in the backward, so that less is kept: as many as `vram`
+    demands, none, or all that the backward passes. Speed and memory depend on it, not the result."""
+    vram: str = "auto"
+    """What a run may take of the device, such as "8GB"; "auto": what is free of a CUDA device, no
+    limit elsewhere."""
     resolution: int | None = None
     """Pixels a side; None: the model's own."""
     seed: int = 0
@@ -111,6 +118,11 @@ class EraseConfig:
             refuse("seed", self.seed, "a whole number from 0")
         if not 0 <= self.seed < 2**63:
             refuse("seed", self.seed, "from 0 and below 2**63")
+        vram: object = self.vram
+        if not isinstance(vram, str):
+            refuse("vram", vram, "'auto' or a size such as '8GB'")
+        if vram != "auto":
+            bytes_of(self.vram)
         device: object = self.device
         if not isinstance(device, str):
             refuse("device", device, "a text: 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'")
@@ -177,6 +189,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "rollout": ("frozen", "student"),
     "samples": ("all", "last"),
     "schedule": ("model", "paper", "paper-diffusers"),
+    "checkpointing": ("auto", "none", "all"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
 }
 
@@ -196,3 +209,11 @@ def check_number(name: str, value: object, above: float | None = None) -> None:
         refuse(name, value, "a finite number")
     if above is not None and value <= above:  # type: ignore[operator]
         refuse(name, value, f"above {above:g}")
+
+
+def bytes_of(text: str) -> int:
+    """ "8GB", "8 GiB", "800MiB" in bytes. GB is 2**30 here: a card sold as 8 GB holds 8 GiB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([GM])i?B?", text.strip(), re.IGNORECASE)
+    if found is None or not float(found[1]):
+        raise ValueError(f"vram is {text!r}; it must be a size such as 8GB or 800MB")
+    return round(float(found[1]) * 2 ** {"G": 30, "M": 20}[found[2].upper()])

@@ -12,6 +12,7 @@ import torch
 
 from .collect import Teacher, TeacherSamples, chunked, collect_all, collect_last
 from .config import EraseConfig
+from .engine import engaged, layout_for
 from .erasure import Erasure, fingerprint, versions
 from .fit import FitStep, Fitter, NonFiniteLoss, shuffled
 from .models import Model, PromptSet, load_model
@@ -78,6 +79,7 @@ def run(
     shape = model.latent_shape(config.resolution)
     scheduler = scheduler_for(model.pipeline.scheduler, config)
     resolution = shape[-1] * model.vae_scale_factor
+    layout = layout_for(model, config, names, resolution)
     prompts = encode_prompts(model, config, resolution)
     filters, held_to = filters_for(model, names, config.keep_vocabulary, resolution, words)
     teacher = Teacher(
@@ -95,13 +97,15 @@ def run(
     objective = Objective(config.target_anchor, config.negative_guidance)
     student = prompts["concept" if config.erase_from is None else "erase_from"]
     fitter = Fitter(model.unet, subset, student, objective, config.learning_rate)
-    noted = Noted(started, held_to, teacher.scheduler_path(rollouts))
+    noted = Noted(started, held_to, {"scheduler": teacher.scheduler_path(rollouts)})
     meter = Meter(on_progress or (lambda _: None), passes_of(config, teacher, rollouts))
 
     finished = False
     try:
-        with only_trainable(model.unet, subset):
-            for samples in training_batches(config, teacher, rollouts, subset, meter):
+        with only_trainable(model.unet, subset), engaged(model, layout, shape[1:]) as paths:
+            noted.paths.update(paths)
+            together = layout.collect_batch_size
+            for samples in training_batches(config, together, teacher, rollouts, subset, meter):
                 step = fitter.step(samples)
                 meter.fitted(step, config)
                 if on_step:
@@ -119,6 +123,7 @@ def run(
 
 def training_batches(
     config: EraseConfig,
+    collect_batch_size: int,
     teacher: Teacher,
     rollouts: list[Rollout],
     subset: TrainableSubset,
@@ -129,7 +134,7 @@ def training_batches(
         samples = TeacherSamples.join(  # the parts are held by nobody: they go once joined
             [
                 collect_all(teacher, together, meter.collected)
-                for together in chunked(rollouts, config.collect_batch_size)
+                for together in chunked(rollouts, collect_batch_size)
             ]
         )
         order = shuffled(len(samples), config.seed)
@@ -171,7 +176,7 @@ class Noted:
 
     started: float  # time.perf_counter()
     words: int  # that updates were held to
-    scheduler_path: str
+    paths: dict[str, str]  # how the UNet and the scheduler were run
 
 
 class Meter:
@@ -244,19 +249,12 @@ def finish(
         "paths_taken": {
             "device": device,
             "dtype": f"{str(model.dtype).removeprefix('torch.')}, trainables float32",
-            "attention": attention_path(model.unet),
-            "scheduler": noted.scheduler_path,
             "cuda_graphs": "no: not built yet",
             **{op: str(ops.path_of(op, device)) for op in ("guidance_loss", "guided_step")},
+            **noted.paths,
         },
         "versions": versions(),
     }
     erasure = Erasure(trained, manifest)
     erasure.remember_original(model.unet, subset.frozen)
     return erasure
-
-
-def attention_path(unet: Any) -> str:
-    """Which attention really ran, by the processors that the UNet holds."""
-    kinds = sorted({type(p).__name__ for p in unet.attn_processors.values()})
-    return ", ".join("torch SDPA" if k == "AttnProcessor2_0" else k for k in kinds)

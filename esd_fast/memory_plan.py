@@ -8,10 +8,10 @@ Not counted: the text encoder, which leaves before anything else comes, and oper
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -107,11 +107,13 @@ def plan_memory(
     prompts: int = 2,
     vae_scale_factor: int = 8,
     fused_adam: bool = False,
+    enough: int | None = None,
 ) -> MemoryPlan:
     """Count every choice for the UNet of `unet_config`; takes seconds, and a few megabytes.
 
-    `prompts`: predicted for a sample while collecting (3 with `erase_from`). Raises ValueError
-    where the method selects nothing or the resolution does not suit.
+    `prompts`: predicted for a sample while collecting (3 with `erase_from`). `enough`: bytes; what
+    is slower than the first choice within them is not counted. Raises ValueError where the method
+    selects nothing or the resolution does not suit.
     """
     side = latent_side(unet_config, resolution, vae_scale_factor)
     unet = on_meta(unet_config, getattr(torch, dtype))
@@ -132,7 +134,9 @@ def plan_memory(
         parameter.requires_grad_(parameter_name in set(names))
     plain = count_step(unet, side, batch_size, lean=False)
     choices = []
-    for blocks, lean, step in [((), False, plain), *lean_steps(unet, names, side, batch_size)]:
+    for blocks, lean, step in chain(
+        [((), False, plain)], lean_steps(unet, names, side, batch_size)
+    ):
         passing = max(step.peak, gradients + adam_workspace)  # the backward, or Adam at work
         choices.append(
             Choice(
@@ -144,6 +148,8 @@ def plan_memory(
                 total=total(weights + masters + optimizer, passing),
             )
         )
+        if enough is not None and lean and choices[-1].total <= enough:
+            break
     return MemoryPlan(
         model=name,
         method=method,
@@ -291,14 +297,6 @@ def latent_side(unet_config: dict[str, Any], resolution: int, vae_scale_factor: 
     if resolution < 1 or resolution % multiple:
         raise ValueError(f"resolution is {resolution}; this model needs a multiple of {multiple}")
     return resolution // vae_scale_factor
-
-
-def bytes_of(text: str) -> int:
-    """ "8GB", "8 GiB", "800MiB" in bytes. GB is 2**30 here: a card sold as 8 GB holds 8 GiB."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([GM])i?B?", text.strip(), re.IGNORECASE)
-    if found is None or not float(found[1]):
-        raise ValueError(f"vram is {text!r}; it must be a size such as 8GB or 800MB")
-    return round(float(found[1]) * 2 ** {"G": 30, "M": 20}[found[2].upper()])
 
 
 def as_dict(plan: MemoryPlan) -> dict[str, Any]:

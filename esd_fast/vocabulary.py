@@ -59,7 +59,7 @@ def second_moment(model: Model, words: Sequence[str], resolution: int) -> torch.
     prompts = ["", *words]
     # on the CPU encoding is not to be a run's peak of memory; elsewhere each call of `encode` may
     # bring the text encoder to the device and back
-    at_once = 2 if model.device.type == "cpu" else 64
+    at_once = 1 if model.device.type == "cpu" else 64
     total, count = torch.zeros(()), 0
     for first in range(0, len(prompts), at_once):
         batch = prompts[first : first + at_once]

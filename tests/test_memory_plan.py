@@ -7,7 +7,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from esd_fast.commands.plan import described_unet
-from esd_fast.memory_plan import bytes_of, count_step, on_meta, plan_memory
+from esd_fast.config import bytes_of
+from esd_fast.memory_plan import count_step, on_meta, plan_memory
 from esd_fast.parameters import trainable_names
 
 from . import pipelines

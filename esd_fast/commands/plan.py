@@ -17,7 +17,7 @@ CONFIGS = Path(__file__).parents[1] / "models" / "configs"
 
 def plan(arguments: argparse.Namespace) -> int:
     """Exit code 0; 1 where nothing fits `--vram`."""
-    from esd_fast.config import check_count
+    from esd_fast.config import bytes_of, check_count
     from esd_fast.parameters import canonical_method, check_method
 
     check_method(arguments.train_method)
@@ -25,7 +25,7 @@ def plan(arguments: argparse.Namespace) -> int:
     if arguments.resolution is not None:
         check_count("resolution", arguments.resolution)
     quiet_libraries()
-    from esd_fast.memory_plan import bytes_of, plan_memory
+    from esd_fast.memory_plan import plan_memory
 
     vram = None if arguments.vram is None else bytes_of(arguments.vram)
     config, scale = described_unet(arguments.model)

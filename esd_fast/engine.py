@@ -1,0 +1,123 @@
+"""How a run works the UNet: fast operators in it, what is kept for the backward, and what was done."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .accelerate import accelerate, is_accelerated
+from .checkpointing import blocks_in_backward, checkpointed
+from .config import bytes_of
+from .frozen_conv import frozen_convolutions
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .config import EraseConfig
+    from .models import Model
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What was decided of memory, before anything runs."""
+
+    checkpointed: tuple[str, ...]
+    """Blocks that run again in the backward."""
+    collect_batch_size: int
+    why: str
+
+
+def layout_for(model: Model, config: EraseConfig, names: Sequence[str], resolution: int) -> Layout:
+    """By `config.checkpointing` and, where that is "auto", by what fits `config.vram`.
+
+    Raises ValueError where a size was given and nothing fits it.
+    """
+    if config.checkpointing == "none":
+        return Layout((), config.collect_batch_size, "none: asked for")
+    if config.checkpointing == "all":
+        blocks = tuple(blocks_in_backward(model.unet, names))
+        return Layout(blocks, config.collect_batch_size, f"{', '.join(blocks)}: asked for")
+    memory = memory_for(model, config.vram)
+    if memory is None:
+        return Layout((), config.collect_batch_size, f"none: no limit on {model.device.type}")
+    return fitting(model, config, resolution, memory)
+
+
+def memory_for(model: Model, vram: str) -> int | None:
+    """Bytes that a run may take of the device, the UNet's weights included; None: no limit."""
+    if vram != "auto":
+        return bytes_of(vram)
+    if model.device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(model.device)
+    weights = sum(p.numel() * p.element_size() for p in model.unet.parameters())
+    # what the allocator holds and does not use is free for us
+    idle = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+    return free + weights + idle
+
+
+def fitting(model: Model, config: EraseConfig, resolution: int, memory: int) -> Layout:
+    """The fastest choice of memory_plan.py that fits `memory` bytes."""
+    from .memory_plan import plan_memory  # not needed where there is no limit
+
+    plan = plan_memory(
+        model.source,
+        dict(model.unet.config),  # type: ignore[arg-type]
+        config.train_method,
+        resolution,
+        batch_size=config.batch_size,
+        dtype=str(model.dtype).removeprefix("torch."),
+        prompts=2 if config.erase_from is None else 3,
+        vae_scale_factor=model.vae_scale_factor,
+        enough=memory,
+    )
+    found = plan.fitting(memory)
+    limit = f"{memory / 2**30:.1f} GiB"
+    if found is None:
+        least = max(min(c.total for c in plan.choices), min(plan.collect.values()))
+        if config.vram != "auto":
+            raise ValueError(
+                f"vram is {config.vram!r}, and the least that this takes is "
+                f"{least / 2**30:.1f} GiB; a lower resolution or batch_size, or a train_method of "
+                "fewer weights, needs less"
+            )
+        why = f"about {least / 2**30:.1f} GiB wanted, {limit} free: memory may run out"
+        warnings.warn(why, stacklevel=2)
+        return Layout(plan.choices[-1].checkpointed, 1, why)
+    choice, together = found
+    blocks = ", ".join(choice.checkpointed) or "none"
+    why = f"{blocks}: {choice.total / 2**30:.1f} of {limit} planned"
+    return Layout(choice.checkpointed, min(together, config.collect_batch_size), why)
+
+
+@contextmanager
+def engaged(model: Model, layout: Layout, latent_size: tuple[int, int]) -> Iterator[dict[str, str]]:
+    """Within: the UNet in its fast form; after: as it was. Gives a line for each thing done or not.
+
+    Enter it when `requires_grad` is set.
+    """
+    unet = model.unet
+    with ExitStack() as stack:
+        if is_accelerated(unet):
+            paths = {"accelerate": "the caller's"}
+        else:
+            paths = stack.enter_context(accelerate(unet, latent_size=latent_size)).paths_taken()
+        convolutions = stack.enter_context(frozen_convolutions(unet))
+        stack.enter_context(checkpointed(unet, layout.checkpointed))
+        yield {
+            **paths,
+            "attention": attention_path(unet),
+            "frozen_convolutions": f"{convolutions} save only their weight",
+            "checkpointing": layout.why,
+        }
+
+
+def attention_path(unet: Any) -> str:
+    """Which attention really ran, by the processors that the UNet holds."""
+    kinds = sorted({type(p).__name__ for p in unet.attn_processors.values()})
+    return ", ".join("torch SDPA" if k == "AttnProcessor2_0" else k for k in kinds)
