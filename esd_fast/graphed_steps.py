@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .collect import TableTrajectory, TeacherSamples
 from .fit import Fitter
-from .graphs import Capture, CudaCapture, Graphed, why_not
+from .graphs import Capture, CudaCapture, Graphed, PutBack, copies_of, why_not
 
 if TYPE_CHECKING:
     from .collect import Teacher
@@ -42,7 +42,7 @@ class GraphedTrajectory(TableTrajectory):
             inputs={"timestep": timestep, "number": number},
             stages={"guided step": lambda: self.advance(timestep, number)},
             # `seen` and `said` get what they should have from the first replay
-            touched=lambda: (self.history, self.inputs),
+            saved=lambda: copies_of(lambda: (self.history, self.inputs)),
             storages=teacher.unet.parameters,
         )
 
@@ -116,7 +116,7 @@ class FitGraph:
             capture,
             inputs={name: buffer for name, buffer in named.items() if buffer is not None},
             stages={"backward": self.backward, "update": fitter.update_eagerly},
-            touched=fitter.state,
+            saved=fitter.saved,
             storages=fitter.unet.parameters,
             given_up=fitter.uncaptured,
         )
@@ -176,6 +176,9 @@ class GraphedFitter(Fitter):
 
     def update_eagerly(self) -> None:
         super().update()
+
+    def saved(self) -> PutBack:
+        return copies_of(self.state)
 
     def state(self) -> Iterable[Tensor]:
         """Every tensor that an update changes, once."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 WARM_UPS = 3  # PyTorch's number: libraries are loaded, kernels compiled, an optimizer's state made
 Stage = Callable[[], None]
+PutBack = Callable[[], None]
 
 
 class Capture(Protocol):
@@ -94,8 +95,8 @@ class Graphed:
     first may be left out (a step that is given up). Stages take their inputs from the buffers and
     leave results in others that exist already; they keep no state in Python.
 
-    Warm-up is not a step: every tensor that `touched()` names is put back, bit for bit. One that
-    warm-up brought into being becomes zeros, as the state of torch's optimizers begins.
+    Warm-up is not a step: `saved()` is called before it, and what that returned after it, to put
+    everything back in its place, bit for bit (`copies_of`).
 
     `storages()` are tensors that the stages read and that others could move: their addresses are
     compared before each replay, which would read the old ones.
@@ -108,12 +109,12 @@ class Graphed:
         capture: Capture,
         inputs: Mapping[str, Tensor],
         stages: Mapping[str, Stage],
-        touched: Callable[[], Iterable[Tensor]],
+        saved: Callable[[], PutBack],
         storages: Callable[[], Iterable[Tensor]],
         given_up: Callable[[], None] = lambda: None,
     ) -> None:
         self.capture, self.inputs, self.stages = capture, dict(inputs), dict(stages)
-        self.touched, self.given_up = touched, given_up
+        self.saved, self.given_up = saved, given_up
         self.storages = list(storages())
         self.fresh: set[str] = set()
         self.turn = 0  # of which stage, by number
@@ -165,11 +166,11 @@ class Graphed:
     def prepare(self) -> None:
         """Warm-up, everything as before, capture."""
         try:
-            before = saved(self.touched())
+            put_back = self.saved()
             try:
                 self.capture.warm_up(self.every_stage)
             finally:  # Ctrl-C as well: what was trained until now is kept
-                put_back(self.touched(), before)
+                put_back()
             self.replays = [self.capture.record(stage) for stage in self.stages.values()]
             self.addresses = [tensor.data_ptr() for tensor in self.storages]
         except Exception as error:  # noqa: BLE001 -- whatever it is, eager steps do the work
@@ -180,25 +181,32 @@ class Graphed:
     def release(self) -> None:
         """Of what was captured, and of its buffers, nothing stays; `steps` and `why_not` do."""
         self.replays, self.storages, self.inputs, self.stages = [], [], {}, {}
-        self.touched, self.given_up = tuple, lambda: None
+        self.saved, self.given_up = nothing_saved, lambda: None
 
     def every_stage(self) -> None:
         for stage in self.stages.values():
             stage()
 
 
-def saved(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
-    """Copies by id. On the CPU: a warm-up is as hungry for the card's memory as a step."""
-    return {id(t): t.detach().to("cpu", copy=True) for t in tensors}
+def copies_of(tensors: Callable[[], Iterable[Tensor]]) -> PutBack:
+    """Saves `tensors()`. What comes back asks again, and makes zeros of those that are new: so
+    begins the state that torch's optimizers make at their first step."""
+    # on the CPU: a warm-up is as hungry for the card's memory as a step
+    before = {id(tensor): (tensor, tensor.detach().to("cpu", copy=True)) for tensor in tensors()}
+
+    @torch.no_grad()
+    def put_back() -> None:
+        for tensor in tensors():
+            if id(tensor) in before:
+                tensor.copy_(before[id(tensor)][1])
+            else:
+                tensor.zero_()
+
+    return put_back
 
 
-@torch.no_grad()
-def put_back(tensors: Iterable[Tensor], before: dict[int, Tensor]) -> None:
-    for tensor in tensors:
-        if id(tensor) in before:
-            tensor.copy_(before[id(tensor)])
-        else:
-            tensor.zero_()
+def nothing_saved() -> PutBack:
+    return lambda: None
 
 
 def told(error: BaseException) -> str:
@@ -217,9 +225,8 @@ def why_not(setting: str, unet: torch.nn.Module) -> str:
         return f"not on CUDA ({device})"
     if torch.is_autocast_enabled("cuda"):
         return "under autocast, which keeps casts of weights"
-    if hooked := next((n for n, m in unet.named_modules() if has_hooks(m)), None):
-        return f"hooks on {hooked or 'the UNet'} would not be called"
-    return ""
+    hooked = [name or "the UNet" for name, module in unet.named_modules() if has_hooks(module)]
+    return f"hooks on {hooked[0]} would not be called" if hooked else ""
 
 
 def has_hooks(module: torch.nn.Module) -> bool:
