@@ -79,6 +79,7 @@ def add_train(commands: Any) -> None:
     say("--seed", type=int, metavar="N", help="default: 0")
     say("--dtype", choices=CHOICES["dtype"], help="of the frozen weights")
     say("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: the best there)")
+    say("--cuda-graphs", choices=CHOICES["cuda_graphs"], help="replay recorded steps (auto)")
     say(
         "--keep-prompt", action="append", metavar="PROMPT", help="a row of the pictures; repeatable"
     )

@@ -73,6 +73,9 @@ class EraseConfig:
     and takes what the device is fast in otherwise. Trainable weights have float32 masters."""
     device: str = "auto"
     """"cuda", "cuda:1", "mps", "cpu"; "auto" keeps a live pipeline's own, else the best there."""
+    cuda_graphs: Literal["auto", "off"] = "auto"
+    """Guided steps and fit steps recorded once and replayed, "auto": where the device is CUDA and
+    recording works. Speed and memory depend on it, not the result."""
 
     @classmethod
     def from_preset(
@@ -191,6 +194,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": ("model", "paper", "paper-diffusers"),
     "checkpointing": ("auto", "none", "all"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "cuda_graphs": ("auto", "off"),
 }
 
 

@@ -44,13 +44,35 @@ class Fitter:
     objective: Objective
     learning_rate: float
     losses: list[float] = field(default_factory=list)
+    capturable: bool = field(
+        default=False, init=False
+    )  # whether CUDA graphs can hold the optimizer
 
     def __post_init__(self) -> None:
-        self.optimizer = torch.optim.Adam(self.subset.masters.values(), lr=self.learning_rate)
+        self.optimizer = torch.optim.Adam(
+            self.subset.masters.values(), lr=self.learning_rate, capturable=self.capturable
+        )
 
     def step(self, samples: TeacherSamples) -> FitStep:
         """Forward, loss and its gradient in one kernel, backward, optimizer. Raises
         NonFiniteLoss before any weight has moved."""
+        loss, student = self.backward(samples)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise NonFiniteLoss(
+                f"the loss is {value} at iteration {len(self.losses)}, timestep "
+                f"{samples.timesteps.tolist()}; try a lower learning_rate than "
+                f"{self.learning_rate:g}, or dtype float32"
+            )
+        self.update()
+        self.losses.append(value)
+        return FitStep(len(self.losses) - 1, value, samples, student)
+
+    def backward(self, samples: TeacherSamples) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss (), the student's predictions (B, C, h, w), and gradients on the UNet's
+        parameters. Nothing waits for the device."""
+        for parameter in self.subset.parameters.values():
+            parameter.grad = None
         size = len(samples)
         student = predict_noise(
             self.unet, samples.latents, samples.timesteps, self.conditioning.repeated(size)
@@ -63,18 +85,13 @@ class Fitter:
             self.objective.negative_guidance,
             1.0,
         )
-        value = loss.item()
-        if not math.isfinite(value):
-            raise NonFiniteLoss(
-                f"the loss is {value} at iteration {len(self.losses)}, timestep "
-                f"{samples.timesteps.tolist()}; try a lower learning_rate than "
-                f"{self.learning_rate:g}, or dtype float32"
-            )
-        scale = FLOAT16_SCALE if student.dtype == torch.float16 else 1.0
-        (loss * scale).backward()
-        self.subset.step(self.optimizer, scale)
-        self.losses.append(value)
-        return FitStep(len(self.losses) - 1, value, samples, student.detach())
+        self.scale = FLOAT16_SCALE if student.dtype == torch.float16 else 1.0
+        (loss * self.scale).backward()
+        return loss.detach(), student.detach()
+
+    def update(self) -> None:
+        """Gradients to masters, masters to the UNet. Nothing waits for the device."""
+        self.subset.step(self.optimizer, self.scale)
 
 
 def shuffled(count: int, seed: int) -> torch.Tensor:

@@ -58,6 +58,8 @@ def config(**settings: Any) -> EraseConfig:
         ("schedule", "ddim", "'model' or 'paper'"),
         ("dtype", "fp16", "'float16'"),
         ("device", torch.device("cpu"), "a text"),
+        ("cuda_graphs", "on", "'auto' or 'off'"),
+        ("cuda_graphs", True, "'auto' or 'off'"),
     ],
 )
 def test_refused_naming_argument_and_value(name: str, value: object, would_do: str) -> None:

@@ -3,7 +3,8 @@
 `guided step`: a batch of two (null and concept) through the UNet, guidance, the scheduler's step.
 `fit step`: the student's forward, loss, backward to the cross-attention weights (esd-x), Adam.
 
-`esd_fast` is the package's own code (Teacher, Fitter), `eager` what the diffusers pipeline and the public scripts
+`esd_fast` is the package's own code (Teacher, Fitter), launched step by step, `graphs` the same captured as CUDA
+graphs and replayed (CUDA; the first step is then warm-up, capture and replay), `eager` what the diffusers pipeline and the public scripts
 do (trainable weights in the UNet's dtype, loss in float32), `compiled` the same with the UNet under torch.compile
 (CUDA), `floor` the sum of the convolutions, matrix products and attention calls of the eager step, timed alone
 (floor.py). All of them work on one UNet with random weights, and under one allocator setting.
@@ -44,7 +45,8 @@ from torch.nn import functional as F
 
 from esd_fast.collect import Teacher, TeacherSamples
 from esd_fast.commands.console import keep_pages, quiet_libraries
-from esd_fast.fit import Fitter
+from esd_fast.graphed_steps import GuidedGraphs, RunGraphs, path_of
+from esd_fast.graphs import Capture, CudaCapture, Graphed
 from esd_fast.models import Conditioning, PromptSet
 from esd_fast.objective import Objective
 from esd_fast.parameters import TrainableSubset, trainable_names
@@ -279,23 +281,26 @@ def work_on(unet: torch.nn.Module, job: Job) -> Work:
 Step = Callable[[], object]
 
 
-def guided_esd_fast(work: Work) -> Step:
+def guided_esd_fast(work: Work, graphs: GuidedGraphs | None = None) -> Step:
     names = ("null", "concept")
-    scheduler = work.family.noise_schedule()
     teacher = Teacher(
-        work.unet, scheduler, work.prompts, "concept", names, INFERENCE_STEPS, GUIDANCE_SCALE
+        work.unet,
+        work.family.noise_schedule(),
+        work.prompts,
+        "concept",
+        names,
+        INFERENCE_STEPS,
+        GUIDANCE_SCALE,
+        graphs,
     )
 
     @torch.no_grad()
     def endless() -> Iterator[torch.Tensor]:
         while True:
-            trajectory = teacher.trajectory(Rollout(work.noise, INFERENCE_STEPS), names)
-            conditioning = work.prompts.stacked(names, 1)
-            for timestep in trajectory.timesteps:
-                inputs = trajectory.model_inputs(timestep)
-                predictions = teacher.ask(inputs, timestep, conditioning)
-                trajectory.step(predictions, timestep)
-                yield predictions.flatten(0, 1)
+            trajectory = teacher.trajectory(Rollout(work.noise, INFERENCE_STEPS), names, keep=True)
+            for call, timestep in enumerate(trajectory.timesteps):
+                trajectory.step(timestep)
+                yield trajectory.said[:, :, call].flatten(0, 1)
 
     return endless().__next__
 
@@ -320,11 +325,39 @@ def guided_eager(work: Work) -> Step:
     return endless().__next__
 
 
-def fit_esd_fast(work: Work) -> Step:
+def fit_esd_fast(work: Work, graphs: RunGraphs | None = None) -> Step:
     subset = TrainableSubset.of(work.unet, list(work.trained()))
     objective = Objective("concept", NEGATIVE_GUIDANCE)
-    fitter = Fitter(work.unet, subset, work.prompts["concept"], objective, LEARNING_RATE)
+    student = work.prompts["concept"]
+    graphs = graphs or RunGraphs.of("off", work.unet)
+    fitter = graphs.fitter(work.unet, subset, student, objective, LEARNING_RATE, watched=False)
     return lambda: fitter.step(work.samples)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A step of the package with CUDA graphs, and in words whether they were really replayed."""
+
+    step: Step
+    graphs: Callable[[], list[Graphed]]
+
+    def __call__(self) -> object:
+        return self.step()
+
+    @property
+    def note(self) -> str:
+        return f"CUDA graphs: {path_of(self.graphs())}"
+
+
+def guided_graphs(work: Work, capture: Capture | None = None) -> Captured:
+    guided = GuidedGraphs(capture or CudaCapture(work.device))
+    return Captured(guided_esd_fast(work, guided), lambda: guided.graphs)
+
+
+def fit_graphs(work: Work, capture: Capture | None = None) -> Captured:
+    graphs = RunGraphs("not measured here", capture or CudaCapture(work.device))
+    step = fit_esd_fast(work, graphs)
+    return Captured(step, lambda: [g for fitter in graphs.fitters for g in fitter.graphs])
 
 
 def fit_eager(work: Work) -> Step:
@@ -364,11 +397,13 @@ def compiled(make: Callable[[Work], Step]) -> Callable[[Work], Step]:
 STEPS: dict[str, dict[str, Callable[[Work], Step]]] = {
     "guided step": {
         "esd_fast": guided_esd_fast,
+        "graphs": guided_graphs,
         "eager": guided_eager,
         "compiled": compiled(guided_eager),
     },
     "fit step": {
         "esd_fast": fit_esd_fast,
+        "graphs": fit_graphs,
         "eager": fit_eager,
         "compiled": compiled(fit_eager),
     },
@@ -393,9 +428,12 @@ def run(settings: Settings) -> Iterator[Row]:
     keep_pages()
     quiet_libraries()
     everything = list(jobs(settings))
+    graphs = ("graphs",) if on_cuda(settings.device) else ()
     for job in everything:
         if not measured_before(job, "floor", settings):  # the last row of each
-            yield from measure_job(job, ("esd_fast", "eager"))
+            yield from measure_job(job, ("esd_fast", *graphs, "eager"))
+            if not graphs:
+                yield from no_graphs(job)
     if on_cuda(settings.device):
         with fresh_compiler_cache():
             for job in everything[:1] if settings.quick else everything:
@@ -424,6 +462,12 @@ def measure_job(job: Job, contestants: tuple[str, ...]) -> Iterator[Row]:
         if short and case not in there:
             for contestant in contestants:
                 yield Row("step", case, contestant, job.device, name_of(job.dtype), note=short)
+
+
+def no_graphs(job: Job) -> Iterator[Row]:
+    note = f"n/a: CUDA graphs on {job.device}"
+    for case in map(job.case, STEPS):
+        yield Row("step", case, "graphs", job.device, name_of(job.dtype), note=note)
 
 
 def measured(job: Job, contestants: tuple[str, ...]) -> Iterator[Row]:
@@ -472,6 +516,7 @@ def measure_kind(
             samples_per_second=1 / timing.median,
             tflops=bare.flops / timing.median / 1e12,
             unet_passes=UNET_PASSES[kind],
+            note=getattr(steps[contestant], "note", ""),
             **columns,
             **common,
         )
@@ -580,7 +625,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 # --- the chart ----------------------------------------------------------------------------------------
 
-COLOURS = {"esd_fast": "#d55e00", "eager": "#56b4e9", "compiled": "#009e73"}
+COLOURS = {"esd_fast": "#d55e00", "graphs": "#cc79a7", "eager": "#56b4e9", "compiled": "#009e73"}
 
 
 def plot(rows: Sequence[Row], figure: Figure) -> None:
