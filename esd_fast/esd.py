@@ -17,6 +17,7 @@ from .erasure import Erasure, fingerprint, versions
 from .fit import FitStep, Fitter, NonFiniteLoss, shuffled
 from .models import Model, PromptSet, load_model
 from .objective import Objective
+from .optimizers import described, make_optimizer
 from .parameters import TrainableSubset, canonical_method, only_trainable, trainable_names
 from .plan import Rollout, plan_rollouts
 from .schedules import scheduler_for
@@ -96,7 +97,14 @@ def run(
     subset = TrainableSubset.of(model.unet, names, filters)
     objective = Objective(config.target_anchor, config.negative_guidance)
     student = prompts["concept" if config.erase_from is None else "erase_from"]
-    fitter = Fitter(model.unet, subset, student, objective, config.learning_rate)
+    optimizer = make_optimizer(
+        config.optimizer,
+        subset.masters.values(),
+        config.learning_rate,
+        weight_decay=config.weight_decay,
+    )
+    clipped = config.max_grad_norm or None
+    fitter = Fitter(model.unet, subset, student, objective, optimizer, clipped)
     noted = Noted(started, held_to, {"scheduler": teacher.scheduler_path(rollouts)})
     meter = Meter(on_progress or (lambda _: None), passes_of(config, teacher, rollouts))
 
@@ -244,11 +252,13 @@ def finish(
         "seed": config.seed,
         "interrupted": interrupted,
         "losses": list(fitter.losses),
+        "skipped_steps": fitter.skipped,
         "seconds": {"total": time.perf_counter() - noted.started, **meter.seconds},
         "unet_passes": {**meter.passes, "total": sum(meter.passes.values())},
         "paths_taken": {
             "device": device,
             "dtype": f"{str(model.dtype).removeprefix('torch.')}, trainables float32",
+            "optimizer": described(fitter.optimizer),
             "cuda_graphs": "no: not built yet",
             **{op: str(ops.path_of(op, device)) for op in ("guidance_loss", "guided_step")},
             **noted.paths,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .objective import Objective
     from .parameters import TrainableSubset
 
-FLOAT16_SCALE = 1024.0  # of the loss, so that small gradients survive float16
+MOST_SKIPS = 20  # in a row; the loss scale is then a millionth of what it began with
 
 
 @dataclass(frozen=True)
@@ -28,29 +28,43 @@ class FitStep:
     loss: float
     samples: TeacherSamples
     noise_pred_student: torch.Tensor
+    skipped: bool = False  # gradients overflowed float16: no weight moved
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss was no number: nothing of this run is worth keeping."""
+    """The loss or its gradients were no numbers: nothing of this run is worth keeping."""
 
 
 @dataclass
 class Fitter:
-    """Adam on the float32 masters of `subset`; keeps its state from step to step."""
+    """Moves the float32 masters of `subset` by `optimizer` (optimizers.py), step by step.
+
+    Where a UNet has float16 weights the loss is scaled, as torch.amp does it: a step whose
+    gradients overflow is skipped, and the scale halved.
+    """
 
     unet: torch.nn.Module
     subset: TrainableSubset
     conditioning: Conditioning  # (1, L, D): what the student is asked with
     objective: Objective
-    learning_rate: float
+    optimizer: torch.optim.Optimizer
+    max_grad_norm: float | None = None
     losses: list[float] = field(default_factory=list)
+    skipped: int = 0  # steps, of all
+    skipped_in_a_row: int = 0
 
     def __post_init__(self) -> None:
-        self.optimizer = torch.optim.Adam(self.subset.masters.values(), lr=self.learning_rate)
+        weights = list(self.unet.parameters())
+        self.scaler = torch.amp.GradScaler(
+            weights[0].device.type, enabled=any(w.dtype == torch.float16 for w in weights)
+        )
 
     def step(self, samples: TeacherSamples) -> FitStep:
-        """Forward, loss and its gradient in one kernel, backward, optimizer. Raises
-        NonFiniteLoss before any weight has moved."""
+        """Forward, loss and its gradient in one kernel, backward, optimizer.
+
+        Raises NonFiniteLoss before any weight has moved; also after MOST_SKIPS skipped steps in
+        a row, where no scale helps.
+        """
         size = len(samples)
         student = predict_noise(
             self.unet, samples.latents, samples.timesteps, self.conditioning.repeated(size)
@@ -68,13 +82,24 @@ class Fitter:
             raise NonFiniteLoss(
                 f"the loss is {value} at iteration {len(self.losses)}, timestep "
                 f"{samples.timesteps.tolist()}; try a lower learning_rate than "
-                f"{self.learning_rate:g}, or dtype float32"
+                f"{self.optimizer.param_groups[0]['lr']:g}, or dtype float32"
             )
-        scale = FLOAT16_SCALE if student.dtype == torch.float16 else 1.0
-        (loss * scale).backward()
-        self.subset.step(self.optimizer, scale)
+        scale = self.scaler.get_scale()
+        self.scaler.scale(loss).backward()
+        self.subset.step(self.optimizer, self.scaler, self.max_grad_norm)
+        skipped = self.scaler.get_scale() < scale
         self.losses.append(value)
-        return FitStep(len(self.losses) - 1, value, samples, student.detach())
+        self.count_skipped(skipped)
+        return FitStep(len(self.losses) - 1, value, samples, student.detach(), skipped)
+
+    def count_skipped(self, skipped: bool) -> None:
+        self.skipped += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if self.skipped_in_a_row >= MOST_SKIPS:
+            raise NonFiniteLoss(
+                f"gradients overflowed float16 in {MOST_SKIPS} steps in a row, the last one "
+                f"iteration {len(self.losses) - 1}; try dtype bfloat16 or float32"
+            )
 
 
 def shuffled(count: int, seed: int) -> torch.Tensor:

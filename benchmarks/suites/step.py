@@ -47,6 +47,7 @@ from esd_fast.commands.console import keep_pages, quiet_libraries
 from esd_fast.fit import Fitter
 from esd_fast.models import Conditioning, PromptSet
 from esd_fast.objective import Objective
+from esd_fast.optimizers import make_optimizer
 from esd_fast.parameters import TrainableSubset, trainable_names
 from esd_fast.plan import Rollout
 
@@ -323,7 +324,8 @@ def guided_eager(work: Work) -> Step:
 def fit_esd_fast(work: Work) -> Step:
     subset = TrainableSubset.of(work.unet, list(work.trained()))
     objective = Objective("concept", NEGATIVE_GUIDANCE)
-    fitter = Fitter(work.unet, subset, work.prompts["concept"], objective, LEARNING_RATE)
+    optimizer = make_optimizer("adam", subset.masters.values(), LEARNING_RATE)
+    fitter = Fitter(work.unet, subset, work.prompts["concept"], objective, optimizer)
     return lambda: fitter.step(work.samples)
 
 
