@@ -153,7 +153,7 @@ def test_a_missing_library_is_named_before_anything_is_loaded(
 ) -> None:
     monkeypatch.setattr("esd_fast.optimizers.EXTRA", "no_such_library")
     monkeypatch.setattr("esd_fast.esd.load_model", lambda *_: pytest.fail("loaded"))
-    with pytest.raises(ValueError, match=r"needs no_such_library: pip install 'esd-fast\["):
+    with pytest.raises(ValueError, match=r"needs no_such_library .*pip install no_such_library"):
         esd_fast.erase(None, "cat", optimizer=name)
 
 
