@@ -18,6 +18,7 @@ from .fit import FitStep, Fitter, NonFiniteLoss, shuffled
 from .graphed_steps import RunGraphs
 from .models import Model, PromptSet, load_model
 from .objective import Objective
+from .optimizers import described, make_optimizer
 from .parameters import TrainableSubset, canonical_method, only_trainable, trainable_names
 from .plan import Rollout, plan_rollouts
 from .schedules import scheduler_for
@@ -84,7 +85,7 @@ def run(
     layout = layout_for(model, config, names, resolution)
     prompts = encode_prompts(model, config, resolution)
     filters, held_to = filters_for(model, names, config.keep_vocabulary, resolution, words)
-    graphs = graphs or RunGraphs.of(config.cuda_graphs, model.unet)
+    graphs = graphs or RunGraphs.of(config.cuda_graphs, model.unet, config.optimizer)
     teacher = Teacher(
         unet=model.unet,
         scheduler=scheduler,
@@ -100,8 +101,16 @@ def run(
     subset = TrainableSubset.of(model.unet, names, filters)
     objective = Objective(config.target_anchor, config.negative_guidance)
     student = prompts["concept" if config.erase_from is None else "erase_from"]
+    optimizer = make_optimizer(
+        config.optimizer,
+        subset.masters.values(),
+        config.learning_rate,
+        weight_decay=config.weight_decay,
+        capturable=graphs.captures_optimizer,
+    )
+    clipped = config.max_grad_norm or None
     fitter = graphs.fitter(
-        model.unet, subset, student, objective, config.learning_rate, watched=on_step is not None
+        model.unet, subset, student, objective, optimizer, clipped, watched=on_step is not None
     )
     noted = Noted(started, held_to, {"scheduler": teacher.scheduler_path(rollouts)}, graphs)
     meter = Meter(on_progress or (lambda _: None), passes_of(config, teacher, rollouts))
@@ -255,11 +264,13 @@ def finish(
         "seed": config.seed,
         "interrupted": interrupted,
         "losses": list(fitter.losses),
+        "skipped_steps": fitter.skipped,
         "seconds": {"total": time.perf_counter() - noted.started, **meter.seconds},
         "unet_passes": {**meter.passes, "total": sum(meter.passes.values())},
         "paths_taken": {
             "device": device,
             "dtype": f"{str(model.dtype).removeprefix('torch.')}, trainables float32",
+            "optimizer": described(fitter.optimizer),
             "cuda_graphs": noted.graphs.path(noted.paths["scheduler"]),
             **{op: str(ops.path_of(op, device)) for op in ("guidance_loss", "guided_step")},
             **noted.paths,

@@ -12,6 +12,7 @@ from torch import Tensor
 from .collect import TableTrajectory, TeacherSamples
 from .fit import Fitter
 from .graphs import Capture, CudaCapture, Graphed, PutBack, copies_of, why_not
+from .optimizers import why_not_capturable
 
 if TYPE_CHECKING:
     from .collect import Teacher
@@ -144,10 +145,6 @@ class GraphedFitter(Fitter):
     made: dict[Any, FitGraph] = field(default_factory=dict, init=False)
     running: FitGraph | None = field(default=None, init=False)
 
-    def __post_init__(self) -> None:
-        self.capturable = self.capture.capturable
-        super().__post_init__()
-
     @property
     def graphs(self) -> list[Graphed]:
         return [made.graph for made in self.made.values()]
@@ -184,15 +181,21 @@ class GraphedFitter(Fitter):
         """Every tensor that an update changes, once."""
         weights = (*self.subset.parameters.values(), *self.subset.masters.values())
         states = [v for state in self.optimizer.state.values() for v in state.values()]
-        tensors = [x for x in (*weights, *states) if isinstance(x, Tensor)]
+        scaler = []  # float16's loss scale, and how many steps it has held for
+        if self.scaler.is_enabled():
+            scaler = [self.scaler._scale, self.scaler._growth_tracker]
+        tensors = [x for x in (*weights, *states, *scaler) if isinstance(x, Tensor)]
         return {id(x): x for x in tensors}.values()
 
     def uncaptured(self) -> None:
-        """The optimizer as it is where nothing is captured: its step counted on the host."""
+        """The optimizer as it is where nothing is captured: unless fused, it counts its steps on the
+        host."""
         for group in self.optimizer.param_groups:
             group["capturable"] = False
-        for state in self.optimizer.state.values():
-            state["step"] = state["step"].cpu()
+            for parameter in () if group["fused"] else group["params"]:
+                state = self.optimizer.state.get(parameter, {})
+                if "step" in state:
+                    state["step"] = state["step"].cpu()
 
 
 # --- a run ---------------------------------------------------------------------------------------------
@@ -207,13 +210,18 @@ class RunGraphs:
         self.fitters: list[GraphedFitter] = []
 
     @classmethod
-    def of(cls, setting: str, unet: torch.nn.Module) -> RunGraphs:
-        """`setting`: "auto" or "off"."""
+    def of(cls, setting: str, unet: torch.nn.Module, optimizer: str = "adam") -> RunGraphs:
+        """`setting`: "auto" or "off"; `optimizer`: a name of OPTIMIZERS."""
         why = why_not(setting, unet)
         if why:
             return cls(why, why)
         device = next(unet.parameters()).device
-        return cls(CudaCapture(device), CudaCapture(device))
+        return cls(CudaCapture(device), why_not_capturable(optimizer) or CudaCapture(device))
+
+    @property
+    def captures_optimizer(self) -> bool:
+        """Whether the fit's optimizer has to be made capturable."""
+        return not isinstance(self.fit, str) and self.fit.capturable
 
     def fitter(self, *arguments: Any, watched: bool) -> Fitter:
         """A Fitter of these arguments; `watched`: whether somebody keeps its predictions."""

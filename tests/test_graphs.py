@@ -19,6 +19,7 @@ from esd_fast.graphed_steps import GraphedFitter, GuidedGraphs, RunGraphs
 from esd_fast.graphs import WARM_UPS, CudaCapture, Graphed, Stage, Twin, copies_of, why_not
 from esd_fast.models import load_model
 from esd_fast.objective import Objective
+from esd_fast.optimizers import make_optimizer
 from esd_fast.parameters import TrainableSubset, only_trainable, trainable_names
 from esd_fast.plan import Rollout, plan_rollouts
 from esd_fast.schedules import scheduler_for
@@ -568,7 +569,9 @@ def fitter_on(unet: nn.Module, capture: Twin | None, method: str = "esd-x", **mo
     prompts = encode_prompts(load_model(pipelines.pipeline(), config), config, 64)
     dtype = next(unet.parameters()).dtype
     conditioning = type(prompts["concept"])(prompts["concept"].encoder_hidden_states.to(dtype))
-    arguments = (unet, subset, conditioning, Objective("concept", 2.0), 1e-3)
+    capturable = capture is not None and capture.capturable
+    optimizer = make_optimizer("adam", subset.masters.values(), 1e-3, capturable=capturable)
+    arguments = (unet, subset, conditioning, Objective("concept", 2.0), optimizer)
     if capture is None:
         return Fitter(*arguments)
     return GraphedFitter(*arguments, capture=capture, **more)
@@ -622,6 +625,20 @@ def test_what_warm_up_moved_is_back_before_the_first_replay() -> None:
     with only_trainable(unet, fitter.subset):
         fitter.step(some_samples(0, dtype=torch.bfloat16))
     assert moved  # there was something to put back
+
+
+def test_warm_up_leaves_the_loss_scale_of_float16() -> None:
+    steps, scales = [], []
+    for capture in (Fake(), None):
+        unet = pipelines.pipeline("sd-ddim", torch.float16).unet
+        fitter = fitter_on(unet, capture)
+        fitter.scaler.set_growth_interval(3)
+        with only_trainable(unet, fitter.subset):
+            steps.append([fitter.step(some_samples(i, dtype=torch.float16)).loss for i in range(4)])
+        scales.append(fitter.scaler.state_dict())
+    assert steps[0] == steps[1]
+    assert scales[0] == scales[1]
+    assert scales[0]["scale"] != 2.0**16  # it has grown or shrunk, at the same steps
 
 
 def test_a_watcher_keeps_what_the_next_step_does_not_overwrite() -> None:

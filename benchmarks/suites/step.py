@@ -49,6 +49,7 @@ from esd_fast.graphed_steps import GuidedGraphs, RunGraphs, path_of
 from esd_fast.graphs import Capture, CudaCapture, Graphed
 from esd_fast.models import Conditioning, PromptSet
 from esd_fast.objective import Objective
+from esd_fast.optimizers import make_optimizer
 from esd_fast.parameters import TrainableSubset, trainable_names
 from esd_fast.plan import Rollout
 
@@ -328,9 +329,12 @@ def guided_eager(work: Work) -> Step:
 def fit_esd_fast(work: Work, graphs: RunGraphs | None = None) -> Step:
     subset = TrainableSubset.of(work.unet, list(work.trained()))
     objective = Objective("concept", NEGATIVE_GUIDANCE)
-    student = work.prompts["concept"]
     graphs = graphs or RunGraphs.of("off", work.unet)
-    fitter = graphs.fitter(work.unet, subset, student, objective, LEARNING_RATE, watched=False)
+    optimizer = make_optimizer(
+        "adam", subset.masters.values(), LEARNING_RATE, capturable=graphs.captures_optimizer
+    )
+    student = work.prompts["concept"]
+    fitter = graphs.fitter(work.unet, subset, student, objective, optimizer, watched=False)
     return lambda: fitter.step(work.samples)
 
 
