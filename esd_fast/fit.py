@@ -44,6 +44,7 @@ class Fitter:
     objective: Objective
     learning_rate: float
     losses: list[float] = field(default_factory=list)
+    asked: dict[int, Conditioning] = field(default_factory=dict, init=False)  # by batch size
 
     def __post_init__(self) -> None:
         self.optimizer = torch.optim.Adam(self.subset.masters.values(), lr=self.learning_rate)
@@ -51,9 +52,8 @@ class Fitter:
     def step(self, samples: TeacherSamples) -> FitStep:
         """Forward, loss and its gradient in one kernel, backward, optimizer. Raises
         NonFiniteLoss before any weight has moved."""
-        size = len(samples)
         student = predict_noise(
-            self.unet, samples.latents, samples.timesteps, self.conditioning.repeated(size)
+            self.unet, samples.latents, samples.timesteps, self.question(len(samples))
         )  # (B, C, h, w)
         loss, _ = ops.guidance_loss(
             student,
@@ -75,6 +75,12 @@ class Fitter:
         self.subset.step(self.optimizer, scale)
         self.losses.append(value)
         return FitStep(len(self.losses) - 1, value, samples, student.detach())
+
+    def question(self, size: int) -> Conditioning:
+        """The same tensors at every step: what was made of them once may be kept."""
+        if size not in self.asked:
+            self.asked[size] = self.conditioning.repeated(size)
+        return self.asked[size]
 
 
 def shuffled(count: int, seed: int) -> torch.Tensor:

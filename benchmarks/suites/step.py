@@ -16,7 +16,6 @@ first step in a common process.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import functools
 import gc
@@ -43,10 +42,11 @@ from rows import Row
 from torch.nn import functional as F
 
 from esd_fast.collect import Teacher, TeacherSamples
-from esd_fast.commands.console import keep_pages, quiet_libraries
+from esd_fast.commands.console import quiet_libraries
 from esd_fast.fit import Fitter
 from esd_fast.models import Conditioning, PromptSet
 from esd_fast.objective import Objective
+from esd_fast.pages import give_back_pages, keep_pages
 from esd_fast.parameters import TrainableSubset, trainable_names
 from esd_fast.plan import Rollout
 
@@ -569,9 +569,7 @@ def release(device: str | torch.device) -> None:
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-    if trim is not None:
-        trim(0)
+    give_back_pages()
 
 
 def name_of(dtype: torch.dtype) -> str:
