@@ -29,10 +29,12 @@ FORMULAS: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
     # what packed_weights.py calls
-    mkldnn._convolution_pointwise: lambda x, w, *_, out_val: (
-        2 * out_val.numel() * w.numel() // w.shape[0]
+    mkldnn._convolution_pointwise: lambda *operands, out_val: (
+        2 * out_val.numel() * operands[1].numel() // operands[1].shape[0]
     ),
-    mkldnn._linear_pointwise: lambda x, w, *_, out_val: 2 * out_val.numel() * x.shape[-1],
+    mkldnn._linear_pointwise: lambda *operands, out_val: (
+        2 * out_val.numel() * operands[0].shape[-1]
+    ),
 }
 
 LEAST = 2e-3  # seconds that one measurement of a call takes at least, where calls are shorter
