@@ -50,7 +50,7 @@ from esd_fast.frozen_conv import frozen_convolutions
 from esd_fast.kept_projections import kept_projections
 from esd_fast.models import Conditioning, PromptSet
 from esd_fast.objective import Objective
-from esd_fast.packed_weights import packed_weights
+from esd_fast.packed_weights import packed_weights, why_not_dtype
 from esd_fast.pages import give_back_pages, keep_pages
 from esd_fast.parameters import TrainableSubset, trainable_names
 from esd_fast.plan import Rollout
@@ -373,12 +373,16 @@ def packed(make: Callable[[Work], Step]) -> Callable[[Work], Step]:
         unet, contexts = copy.deepcopy(work.unet), ExitStack()
         contexts.enter_context(frozen_convolutions(unet))
         contexts.enter_context(kept_projections(unet))
-        done = contexts.enter_context(packed_weights(unet))
-        if done.reason:
-            raise RuntimeError(f"packed weights: {done.reason}")
-        return make(dataclasses.replace(work, unet=unet))
+        contexts.enter_context(packed_weights(unet))
+        step = make(dataclasses.replace(work, unet=unet))
+        return functools.partial(within, contexts, step)
 
     return made
+
+
+def within(_: ExitStack, step: Step) -> object:
+    """Contexts that nobody holds are left at once."""
+    return step()
 
 
 STEPS: dict[str, dict[str, Callable[[Work], Step]]] = {
@@ -417,7 +421,7 @@ def run(settings: Settings) -> Iterator[Row]:
     everything = list(jobs(settings))
     for job in everything:
         if not measured_before(job, "floor", settings):  # the last row of each
-            yield from measure_job(job, contestants_on(job.device))
+            yield from measure_job(job, contestants_of(job))
     if on_cuda(settings.device):
         with fresh_compiler_cache():
             for job in everything[:1] if settings.quick else everything:
@@ -425,8 +429,9 @@ def run(settings: Settings) -> Iterator[Row]:
                     yield from measure_job(job, ("compiled",))
 
 
-def contestants_on(device: str) -> tuple[str, ...]:
-    return ("esd_fast", "eager") if on_cuda(device) else ("esd_fast", "packed", "eager")
+def contestants_of(job: Job) -> tuple[str, ...]:
+    packs = not (on_cuda(job.device) or why_not_dtype(job.dtype))
+    return ("esd_fast", "packed", "eager") if packs else ("esd_fast", "eager")
 
 
 def measured_before(job: Job, contestant: str, settings: Settings) -> bool:
