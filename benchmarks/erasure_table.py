@@ -2,6 +2,7 @@
 
     python benchmarks/erasure_table.py                # the committed table
     python benchmarks/erasure_table.py --sweep        # recipes against each other
+    python benchmarks/erasure_table.py --precision    # dtypes and optimizers against float32
     python benchmarks/erasure_table.py --show FILE    # tables of measured rows, nothing is run
 
 Every run is one row of a JSON-lines file; runs that are there are skipped, so it can be stopped.
@@ -53,7 +54,8 @@ def table_concepts() -> list[str]:
 
 
 def measure(concept: str, seed: int, settings: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
-    """One erasure from a freshly loaded model, judged on pictures that all recipes share."""
+    """One erasure from a freshly loaded model, judged on pictures that all recipes share; what
+    draws them is the base row's model with the erased weights, whatever they were trained in."""
     config = esd_fast.EraseConfig.from_preset(
         settings.get("preset", "fast"),
         concept_prompt(concept),
@@ -66,7 +68,9 @@ def measure(concept: str, seed: int, settings: dict[str, Any], sizes: Sizes) -> 
     seconds = time.perf_counter() - started
     erased = erased_questions(concept, sizes.erased, seed)
     kept = kept_questions(concept, sizes.kept, seed)
-    seen = judge_all(model.pipeline, [*erased, *kept])
+    drawing = base_model()
+    erasure.apply(drawing.pipeline)
+    seen = judge_all(drawing.pipeline, [*erased, *kept])
     return {
         "concept": concept,
         "seed": seed,
@@ -80,7 +84,7 @@ def measure(concept: str, seed: int, settings: dict[str, Any], sizes: Sizes) -> 
 
 def measure_base(concepts: list[str], seed: int, sizes: Sizes) -> dict[str, Any]:
     """The unerased model on the same pictures, each drawn once for all concepts."""
-    model = load_model(None, esd_fast.EraseConfig(concept="nothing"))
+    model = base_model()
     erased = {c: erased_questions(c, sizes.erased, seed) for c in concepts}
     kept = {c: kept_questions(c, sizes.kept, seed) for c in concepts}
     asked = list(dict.fromkeys(q for g in (*erased.values(), *kept.values()) for q in g))
@@ -94,6 +98,10 @@ def measure_base(concepts: list[str], seed: int, sizes: Sizes) -> dict[str, Any]
         }
 
     return {"seed": seed, "settings": "base", "erased": picked(erased), "kept": picked(kept)}
+
+
+def base_model() -> Any:
+    return load_model(None, esd_fast.EraseConfig(concept="nothing"))
 
 
 def concept_prompt(concept: str) -> str:
@@ -168,6 +176,42 @@ def summary(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def side_by_side(rows: list[dict[str, Any]]) -> str:
+    """A column a recipe: recognised after, and kept, of base, by the first judge; then how far
+    their means over the concepts are from the first recipe's, in points."""
+    base = merged_bases([r for r in rows if r["settings"] == "base"])
+    runs = [r for r in rows if r["settings"] != "base"]
+    recipes = list(dict.fromkeys(label_of(r["settings"]) for r in runs))
+    lines = ["| erased | " + " | ".join(recipes) + " |", "|---" * (len(recipes) + 1) + "|"]
+    for concept in dict.fromkeys(r["concept"] for r in runs):
+        cells = []
+        for recipe in recipes:
+            group = [
+                r for r in runs if (r["concept"], label_of(r["settings"])) == (concept, recipe)
+            ]
+            cells.append("{:.1%} / {:.1%}".format(*rates_of(group, base)) if group else "")
+        lines.append(f"| {concept} | " + " | ".join(cells) + " |")
+    means = [rates_of([r for r in runs if label_of(r["settings"]) == n], base) for n in recipes]
+    lines.append("| **all** | " + " | ".join(f"{e:.1%} / {k:.1%}" for e, k in means) + " |")
+    points = [(100 * (e - means[0][0]), 100 * (k - means[0][1])) for e, k in means[1:]]
+    told = " | ".join(f"{e:+.1f} / {k:+.1f}" for e, k in points)
+    return "\n".join([*lines, f"| points from the first | | {told} |"])
+
+
+def label_of(settings: dict[str, Any]) -> str:
+    return ", ".join(str(v) for v in settings.values()) or "default"
+
+
+def rates_of(group: list[dict[str, Any]], base: dict[int, dict[str, Any]]) -> tuple[float, float]:
+    """By the first judge: how often the erased is still seen, and the kept as a share of base."""
+
+    def mean(parts: list[dict[str, list[int]]]) -> float:
+        return float(np.mean(np.concatenate([p[JUDGES[0]] for p in parts])))
+
+    was = mean([base[r["seed"]]["kept"][r["concept"]] for r in group])
+    return mean([r["erased"] for r in group]), mean([r["kept"] for r in group]) / was
+
+
 def merged_bases(rows: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     """By seed; runs over different concepts each bring a base row of their own."""
     merged: dict[int, dict[str, Any]] = {}
@@ -206,14 +250,23 @@ SWEEP: list[dict[str, Any]] = [
     }.items()
     for value in values
 ]
+# float32 first: the others are compared with it
+PRECISION: list[dict[str, Any]] = [
+    {"dtype": "float32"},
+    {"dtype": "bfloat16"},
+    {"dtype": "bfloat16", "optimizer": "adamw"},
+    {"dtype": "bfloat16", "optimizer": "adam8bit"},
+]
+PRECISION_KEPT = 200
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--precision", action="store_true", help="needs the extra bitsandbytes")
     parser.add_argument("--concepts", nargs="*")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--kept", type=int, default=400, help="pictures of kept concepts a run")
+    parser.add_argument("--seeds", type=int, help="default: 3; --precision: 1")
+    parser.add_argument("--kept", type=int, help="pictures of kept concepts a run")
     parser.add_argument("--erased", type=int, default=64, help="pictures of the erased one a run")
     parser.add_argument("--settings", type=json.loads, action="append", help="EraseConfig as JSON")
     parser.add_argument("--file", type=Path)
@@ -221,16 +274,43 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.show:
         for file in arguments.show:
-            print(f"### {file.stem}\n\n{all_tables(read_rows(file))}\n")
+            print(f"### {file.stem}\n\n{shown(read_rows(file), arguments.precision)}\n")
         return
     keep_pages()
     quiet_libraries()
-    concepts = arguments.concepts or (SWEEP_CONCEPTS if arguments.sweep else table_concepts())
-    settings = arguments.settings or (SWEEP if arguments.sweep else [{}])
-    file = arguments.file or RESULTS / ("sweep.jsonl" if arguments.sweep else "erasure_table.jsonl")
-    sizes = Sizes(arguments.erased, arguments.kept)
-    rows = run_all(concepts, arguments.seeds, settings, file, sizes)
-    print(all_tables(rows))
+    study = study_of(arguments)
+    sizes = Sizes(arguments.erased, arguments.kept or study.kept)
+    rows = run_all(
+        arguments.concepts or study.concepts,
+        arguments.seeds or study.seeds,
+        arguments.settings or study.settings,
+        arguments.file or RESULTS / study.file,
+        sizes,
+    )
+    print(shown(rows, arguments.precision))
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is run where the command line says no other."""
+
+    file: str
+    concepts: list[str]
+    settings: list[dict[str, Any]]
+    seeds: int = 3
+    kept: int = 400
+
+
+def study_of(arguments: argparse.Namespace) -> Study:
+    if arguments.precision:
+        return Study("precision.jsonl", SWEEP_CONCEPTS, PRECISION, seeds=1, kept=PRECISION_KEPT)
+    if arguments.sweep:
+        return Study("sweep.jsonl", SWEEP_CONCEPTS, SWEEP)
+    return Study("erasure_table.jsonl", table_concepts(), [{}])
+
+
+def shown(rows: list[dict[str, Any]], together: bool) -> str:
+    return side_by_side(rows) if together else all_tables(rows)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,10 @@ def add_train(commands: Any) -> None:
     say("--method", dest="train_method", metavar="METHOD", help="which weights train, see below")
     say("--iterations", type=int, metavar="N", help="optimizer steps")
     say("--batch-size", type=int, metavar="N", help="samples an optimizer step")
-    say("--learning-rate", "--lr", type=float, metavar="X", help="of Adam")
+    say("--learning-rate", "--lr", type=float, metavar="X", help="of the optimizer")
+    say("--optimizer", choices=CHOICES["optimizer"], help="default: adam; 8bit: an extra")
+    say("--weight-decay", type=float, metavar="X", help="of adamw (default: 0.01)")
+    say("--max-grad-norm", type=float, metavar="X", help="gradients are clipped to it; 0: never")
     say("--negative-guidance", type=float, metavar="X", help="how far to push from the concept")
     say("--anchor", choices=CHOICES["anchor"], help="what the target starts from")
     say("--guidance-scale", type=float, metavar="X", help="of the rollout")
@@ -79,6 +82,7 @@ def add_train(commands: Any) -> None:
     say("--seed", type=int, metavar="N", help="default: 0")
     say("--dtype", choices=CHOICES["dtype"], help="of the frozen weights")
     say("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: the best there)")
+    say("--cuda-graphs", choices=CHOICES["cuda_graphs"], help="replay recorded steps (auto)")
     say(
         "--keep-prompt", action="append", metavar="PROMPT", help="a row of the pictures; repeatable"
     )
@@ -124,7 +128,7 @@ def add_plan(commands: Any) -> None:
     say("--resolution", type=int, metavar="PIXELS", help="default: the model's own")
     say("--batch-size", type=int, default=1, metavar="N", help="samples a step (default: 1)")
     say("--dtype", choices=CHOICES["dtype"][1:], default="bfloat16", help="of the frozen weights")
-    say("--fused-adam", action="store_true", help="as if Adam took no workspace (fused=True)")
+    say("--optimizer", choices=CHOICES["optimizer"], default="adam", help="default: adam")
     say("--vram", metavar="SIZE", help="of the card, such as 8GB")
     say("--json", action="store_true", help="as JSON, in bytes")
 

@@ -13,6 +13,7 @@ from .ops import guided_step
 from .scheduler_table import SchedulerTable, probe
 
 if TYPE_CHECKING:
+    from .graphed_steps import GuidedGraphs
     from .models.base import Conditioning, PromptSet
     from .plan import Rollout
 
@@ -65,6 +66,7 @@ class Teacher:
     asked: tuple[str, ...]
     num_inference_steps: int
     guidance_scale: float
+    graphs: GuidedGraphs | None = field(default=None, compare=False)
     tables: dict[int, SchedulerTable | str] = field(default_factory=dict, compare=False)
 
     def table(self, start: int) -> SchedulerTable | str:
@@ -89,8 +91,15 @@ class Teacher:
         """`rollout` at its start, to be asked for `names`; `keep`: every state is a sample."""
         table = self.table(rollout.start)
         if isinstance(table, SchedulerTable):
+            if self.graphs:
+                return self.graphs.trajectory(self, table, rollout, names, keep)
             return TableTrajectory(self, table, rollout, names, keep)
         return SchedulerTrajectory(self, rollout, names, keep)
+
+    def finished_collecting(self) -> None:
+        """What was captured for trajectories goes, before the fit needs the memory."""
+        if self.graphs:
+            self.graphs.release()
 
     def predict(
         self, inputs: torch.Tensor, timestep: torch.Tensor, names: tuple[str, ...]
@@ -150,7 +159,10 @@ def predict_noise(
 
 class TableTrajectory:
     """A batch of B trajectories on a scheduler's table, for N prompts: one operator a step, on
-    buffers that stay where they are, and nothing waits for the host. The state is float32."""
+    buffers that stay where they are, and nothing waits for the host. The state is float32.
+
+    `calls`: how many steps the buffers hold; those of `rollout` if not given.
+    """
 
     def __init__(
         self,
@@ -159,36 +171,52 @@ class TableTrajectory:
         rollout: Rollout,
         names: tuple[str, ...],
         keep: bool,
+        calls: int | None = None,
     ) -> None:
-        self.table, self.names = table, names
+        self.teacher, self.table, self.names = teacher, table, names
         self.rolled, self.guidance_scale = names.index(teacher.rolled), teacher.guidance_scale
         weight = next(teacher.unet.parameters())
-        start = rollout.noise.to(weight.device) * table.init_noise_sigma  # (B, C, h, w)
-        self.timesteps = table.timesteps[: rollout.steps]
-        self.batch, steps, *sample = len(start), len(self.timesteps), *start.shape[1:]
-        self.numbers = torch.arange(steps, device=start.device)  # of the calls, read on the device
-        self.taken = 0
-        self.history = start.new_zeros(steps + 1, *start.shape)
-        self.history[0] = start
-        first = (start * table.input_scales[0]).to(weight.dtype)
-        self.inputs = torch.stack([first] * len(names))  # (N, B, C, h, w)
+        self.batch, *sample = rollout.noise.shape
+        self.conditioning = teacher.prompts.stacked(names, self.batch)
+        calls = len(table.timesteps[: rollout.steps]) if calls is None else calls
+        numbers = torch.arange(calls, device=weight.device)
+        self.numbers = numbers  # of the calls, read on the device
+        latents = (self.batch, *sample)
+        self.history = weight.new_empty(calls + 1, *latents, dtype=torch.float32)
+        self.inputs = weight.new_empty(len(names), *latents)  # (N, B, C, h, w)
         # the samples, in their order: by trajectory, then time
-        self.seen = first.new_empty(self.batch, steps, *sample) if keep else None
-        self.said: torch.Tensor | None = None  # (N, B, steps, C, h, w)
+        self.seen = weight.new_empty(self.batch, calls, *sample) if keep else None
+        self.said: torch.Tensor | None = None  # (N, B, calls, C, h, w)
+        self.begin(rollout)
+
+    def begin(self, rollout: Rollout) -> None:
+        """To the start of `rollout`."""
+        self.timesteps, self.taken = self.table.timesteps[: rollout.steps], 0
+        start = rollout.noise.to(self.history.device) * self.table.init_noise_sigma  # (B, C, h, w)
+        self.history.zero_()  # rows to come are read, times nothing: they have to be finite
+        self.history[0] = start
+        first = (start * self.table.input_scales[0]).to(self.inputs.dtype)
+        self.inputs.copy_(first)
         if self.seen is not None:
-            self.seen[:, 0] = first
+            self.seen[:, :1] = first.unsqueeze(1)
 
     def model_inputs(self, _: torch.Tensor) -> torch.Tensor:
         """What the UNet is given next (N, B, C, h, w)."""
         return self.inputs
 
-    def step(self, predictions: torch.Tensor, _: torch.Tensor) -> None:
-        """On to the next state by the UNet's `predictions` (N, B, C, h, w)."""
+    def step(self, timestep: torch.Tensor) -> None:
+        """On to the next state."""
+        self.advance(timestep, self.numbers[self.taken])
+        self.taken += 1
+
+    def advance(self, timestep: torch.Tensor, number: torch.Tensor) -> None:
+        """The UNet's predictions and call `number` () of the scheduler, both read on the device."""
+        predictions = self.teacher.ask(self.inputs, timestep, self.conditioning)
         if self.seen is not None and self.said is None:
             self.said = predictions.new_empty(len(self.names), *self.seen.shape)
         guided_step(
             predictions,
-            self.numbers[self.taken],
+            number,
             self.table.coefficients,
             self.table.input_scales,
             self.rolled,
@@ -198,14 +226,16 @@ class TableTrajectory:
             self.seen,
             self.said,
         )
-        self.taken += 1
 
     def samples(self) -> TeacherSamples:
         """Every state of the way: views of the buffers."""
         assert self.seen is not None
         assert self.said is not None
-        said = dict(zip(self.names, self.said.flatten(1, 2), strict=True))
-        return as_samples(self.seen.flatten(0, 1), self.timesteps.repeat(self.batch), said)
+        steps = len(self.timesteps)
+        said = dict(zip(self.names, self.said[:, :, :steps].flatten(1, 2), strict=True))
+        return as_samples(
+            self.seen[:, :steps].flatten(0, 1), self.timesteps.repeat(self.batch), said
+        )
 
 
 class SchedulerTrajectory:
@@ -217,13 +247,15 @@ class SchedulerTrajectory:
         self.teacher, self.names, self.keep = teacher, names, keep
         self.latents, self.timesteps = teacher.begin(rollout)
         self.batch = len(self.latents)
+        self.conditioning = teacher.prompts.stacked(names, self.batch)
         self.states: list[TeacherSamples] = []
 
     def model_inputs(self, timestep: torch.Tensor) -> torch.Tensor:
         self.inputs = self.teacher.model_input(self.latents, timestep)
         return torch.stack([self.inputs] * len(self.names))
 
-    def step(self, predictions: torch.Tensor, timestep: torch.Tensor) -> None:
+    def step(self, timestep: torch.Tensor) -> None:
+        predictions = self.teacher.ask(self.model_inputs(timestep), timestep, self.conditioning)
         by_name = dict(zip(self.names, predictions, strict=True))
         if self.keep:
             self.states.append(as_samples(self.inputs, timestep, by_name))
@@ -243,7 +275,7 @@ def collect_all(
     Sorted by trajectory, then time. `on_pass(n)` is told of every n UNet passes.
     """
     trajectory = teacher.trajectory(rollout, teacher.asked, keep=True)
-    roll(teacher, trajectory, on_pass)
+    roll(trajectory, on_pass)
     return trajectory.samples()
 
 
@@ -260,25 +292,19 @@ def collect_last(
     """
     assert rollout.query is not None
     trajectory = teacher.trajectory(rollout, ("null", teacher.rolled))
-    roll(teacher, trajectory, on_pass)
+    roll(trajectory, on_pass)
     query = torch.tensor(rollout.query, dtype=trajectory.timesteps.dtype)
-    inputs = trajectory.model_inputs(query)[0]
+    inputs = trajectory.model_inputs(query)[0].clone()  # the buffer may be used again
     with frozen():
         predictions = teacher.predict(inputs, query, teacher.asked)
     on_pass(len(inputs) * len(teacher.asked))
     return as_samples(inputs, query, predictions)
 
 
-def roll(
-    teacher: Teacher,
-    trajectory: TableTrajectory | SchedulerTrajectory,
-    on_pass: Callable[[int], None],
-) -> None:
+def roll(trajectory: TableTrajectory | SchedulerTrajectory, on_pass: Callable[[int], None]) -> None:
     """All the guided steps of a trajectory."""
-    conditioning = teacher.prompts.stacked(trajectory.names, trajectory.batch)
     for timestep in trajectory.timesteps:
-        predictions = teacher.ask(trajectory.model_inputs(timestep), timestep, conditioning)
-        trajectory.step(predictions, timestep)
+        trajectory.step(timestep)
         on_pass(trajectory.batch * len(trajectory.names))
 
 

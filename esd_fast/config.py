@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .demo import RECIPE, is_embedded
+from .optimizers import OPTIMIZERS, check_installed
 from .parameters import check_method
 from .prompts import clean_prompt
 
@@ -35,7 +36,16 @@ class EraseConfig:
     batch_size: int = 1
     """Samples an optimizer step."""
     learning_rate: float = 5e-5
-    """Of Adam (default betas, no decay, no schedule)."""
+    """Of the optimizer (default betas, no schedule)."""
+    optimizer: str = "adam"
+    """"adam" as in the scripts, "adamw", or with moments of 8 bits, from bitsandbytes, "adam8bit"
+    and "adamw8bit"."""
+    weight_decay: float | None = None
+    """Of the AdamW kinds, decoupled; None: 0.01. Matrices that `keep_vocabulary` filters decay to
+    what they were, others to zero."""
+    max_grad_norm: float | None = None
+    """Gradients whose norm, over all trained weights, is above it are shortened to it; None or 0:
+    never, as in the scripts."""
     negative_guidance: float = 2.0
     """How far the target is pushed away from the concept. With the null anchor it is the paper's
     eta (equation 6); with the concept anchor it is eta + 1."""
@@ -73,6 +83,9 @@ class EraseConfig:
     and takes what the device is fast in otherwise. Trainable weights have float32 masters."""
     device: str = "auto"
     """"cuda", "cuda:1", "mps", "cpu"; "auto" keeps a live pipeline's own, else the best there."""
+    cuda_graphs: Literal["auto", "off"] = "auto"
+    """Guided steps and fit steps recorded once and replayed, "auto": where the device is CUDA and
+    recording works. Speed and memory depend on it, not the result."""
 
     @classmethod
     def from_preset(
@@ -103,9 +116,7 @@ class EraseConfig:
         check_number("learning_rate", self.learning_rate, above=0.0)
         check_number("negative_guidance", self.negative_guidance)
         check_number("guidance_scale", self.guidance_scale)
-        check_number("keep_vocabulary", self.keep_vocabulary)
-        if self.keep_vocabulary < 0:
-            refuse("keep_vocabulary", self.keep_vocabulary, "0 (off) or above, such as 1")
+        check_not_negative("keep_vocabulary", self.keep_vocabulary)
         if self.num_inference_steps > 1000:
             refuse("num_inference_steps", self.num_inference_steps, "at most 1000")
         if self.schedule == "paper-diffusers" and self.num_inference_steps < 3:
@@ -131,6 +142,15 @@ class EraseConfig:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 refuse(name, getattr(self, name), " or ".join(repr(a) for a in allowed))
+        check_installed(self.optimizer)
+        if self.weight_decay is not None:
+            check_not_negative("weight_decay", self.weight_decay)
+            if self.weight_decay and not OPTIMIZERS[self.optimizer].decays:
+                refuse(
+                    "weight_decay", self.weight_decay, "left out where no AdamW is the optimizer"
+                )
+        if self.max_grad_norm is not None:
+            check_not_negative("max_grad_norm", self.max_grad_norm)
         if self.rollout == "student" and self.samples == "all":
             # every state of a student's trajectory would be answered by a different student
             refuse("samples", self.samples, "'last' where rollout is 'student'")
@@ -190,7 +210,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "samples": ("all", "last"),
     "schedule": ("model", "paper", "paper-diffusers"),
     "checkpointing": ("auto", "none", "all"),
+    "optimizer": tuple(OPTIMIZERS),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "cuda_graphs": ("auto", "off"),
 }
 
 
@@ -209,6 +231,12 @@ def check_number(name: str, value: object, above: float | None = None) -> None:
         refuse(name, value, "a finite number")
     if above is not None and value <= above:  # type: ignore[operator]
         refuse(name, value, f"above {above:g}")
+
+
+def check_not_negative(name: str, value: object) -> None:
+    check_number(name, value)
+    if value < 0:  # type: ignore[operator]
+        refuse(name, value, "0 (off) or above, such as 1")
 
 
 def bytes_of(text: str) -> int:

@@ -76,6 +76,7 @@ def fitting(model: Model, config: EraseConfig, resolution: int, memory: int) -> 
         dtype=str(model.dtype).removeprefix("torch."),
         prompts=2 if config.erase_from is None else 3,
         vae_scale_factor=model.vae_scale_factor,
+        optimizer=config.optimizer,
         enough=memory,
     )
     found = plan.fitting(memory)

@@ -15,8 +15,10 @@ from .config import EraseConfig
 from .engine import engaged, layout_for
 from .erasure import Erasure, fingerprint, versions
 from .fit import FitStep, Fitter, NonFiniteLoss, shuffled
+from .graphed_steps import RunGraphs
 from .models import Model, PromptSet, load_model
 from .objective import Objective
+from .optimizers import described, make_optimizer
 from .parameters import TrainableSubset, canonical_method, only_trainable, trainable_names
 from .plan import Rollout, plan_rollouts
 from .schedules import scheduler_for
@@ -69,11 +71,12 @@ def run(
     *,
     rollouts: list[Rollout] | None = None,
     words: list[str] | None = None,
+    graphs: RunGraphs | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     on_step: Callable[[FitStep], None] | None = None,
 ) -> Erasure:
     """`erase` on a loaded model. `rollouts` replaces the plan drawn from the seed, `words` the
-    tokenizer's own, which `keep_vocabulary` holds to."""
+    tokenizer's own, which `keep_vocabulary` holds to, `graphs` what `cuda_graphs` chooses."""
     started = time.perf_counter()
     names = trainable_names(model.unet, config.train_method, model.family.name)
     shape = model.latent_shape(config.resolution)
@@ -82,6 +85,7 @@ def run(
     layout = layout_for(model, config, names, resolution)
     prompts = encode_prompts(model, config, resolution)
     filters, held_to = filters_for(model, names, config.keep_vocabulary, resolution, words)
+    graphs = graphs or RunGraphs.of(config.cuda_graphs, model.unet, config.optimizer)
     teacher = Teacher(
         unet=model.unet,
         scheduler=scheduler,
@@ -90,14 +94,25 @@ def run(
         asked=tuple(prompts.by_name),
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
+        graphs=graphs.guided,
     )
     if rollouts is None:
         rollouts = plan_rollouts(config, scheduler.timesteps, shape)
     subset = TrainableSubset.of(model.unet, names, filters)
     objective = Objective(config.target_anchor, config.negative_guidance)
     student = prompts["concept" if config.erase_from is None else "erase_from"]
-    fitter = Fitter(model.unet, subset, student, objective, config.learning_rate)
-    noted = Noted(started, held_to, {"scheduler": teacher.scheduler_path(rollouts)})
+    optimizer = make_optimizer(
+        config.optimizer,
+        subset.masters.values(),
+        config.learning_rate,
+        weight_decay=config.weight_decay,
+        capturable=graphs.captures_optimizer,
+    )
+    clipped = config.max_grad_norm or None
+    fitter = graphs.fitter(
+        model.unet, subset, student, objective, optimizer, clipped, watched=on_step is not None
+    )
+    noted = Noted(started, held_to, {"scheduler": teacher.scheduler_path(rollouts)}, graphs)
     collecting = passes_of(config, teacher, rollouts)
     meter = Meter(on_progress or (lambda _: None), collecting)
     passes = collecting + 2 * config.iterations * config.batch_size  # forward and backward
@@ -122,6 +137,7 @@ def run(
         erasure = finish(model, config, subset, fitter, meter, noted, interrupted=True)
         raise EraseInterrupted(erasure) from None
     finally:
+        graphs.release()
         if not finished:
             subset.restore()
 
@@ -142,11 +158,14 @@ def training_batches(
                 for together in chunked(rollouts, collect_batch_size)
             ]
         )
+        teacher.finished_collecting()
         order = shuffled(len(samples), config.seed)
         for first in range(0, config.iterations * config.batch_size, config.batch_size):
             yield samples[order[first : first + config.batch_size]]
     elif config.rollout == "frozen":  # nothing depends on the student: everything first
-        yield from [collect_last(teacher, rollout, meter.collected) for rollout in rollouts]
+        frozen = [collect_last(teacher, rollout, meter.collected) for rollout in rollouts]
+        teacher.finished_collecting()
+        yield from frozen
     else:  # the student as it is now rolls out; its teacher is swapped in for the questions
         for rollout in rollouts:
             yield collect_last(teacher, rollout, meter.collected, frozen=subset.teacher)
@@ -182,6 +201,7 @@ class Noted:
     started: float  # time.perf_counter()
     words: int  # that updates were held to
     paths: dict[str, str]  # how the UNet and the scheduler were run
+    graphs: RunGraphs
 
 
 class Meter:
@@ -249,12 +269,14 @@ def finish(
         "seed": config.seed,
         "interrupted": interrupted,
         "losses": list(fitter.losses),
+        "skipped_steps": fitter.skipped,
         "seconds": {"total": time.perf_counter() - noted.started, **meter.seconds},
         "unet_passes": {**meter.passes, "total": sum(meter.passes.values())},
         "paths_taken": {
             "device": device,
             "dtype": f"{str(model.dtype).removeprefix('torch.')}, trainables float32",
-            "cuda_graphs": "no: not built yet",
+            "optimizer": described(fitter.optimizer),
+            "cuda_graphs": noted.graphs.path(noted.paths["scheduler"]),
             **{op: str(ops.path_of(op, device)) for op in ("guidance_loss", "guided_step")},
             **noted.paths,
         },

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .objective import Objective
     from .parameters import TrainableSubset
 
-FLOAT16_SCALE = 1024.0  # of the loss, so that small gradients survive float16
+MOST_SKIPS = 20  # in a row; the loss scale is then a millionth of what it began with
 
 
 @dataclass(frozen=True)
@@ -28,30 +28,65 @@ class FitStep:
     loss: float
     samples: TeacherSamples
     noise_pred_student: torch.Tensor
+    skipped: bool = False  # gradients overflowed float16: no weight moved
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss was no number: nothing of this run is worth keeping."""
+    """The loss or its gradients were no numbers: nothing of this run is worth keeping."""
 
 
 @dataclass
 class Fitter:
-    """Adam on the float32 masters of `subset`; keeps its state from step to step."""
+    """Moves the float32 masters of `subset` by `optimizer` (optimizers.py), step by step.
+
+    Where a UNet has float16 weights the loss is scaled, as torch.amp does it: a step whose
+    gradients overflow is skipped, and the scale halved.
+    """
 
     unet: torch.nn.Module
     subset: TrainableSubset
     conditioning: Conditioning  # (1, L, D): what the student is asked with
     objective: Objective
-    learning_rate: float
+    optimizer: torch.optim.Optimizer
+    max_grad_norm: float | None = None
     losses: list[float] = field(default_factory=list)
+    skipped: int = 0  # steps, of all
+    skipped_in_a_row: int = 0
     asked: dict[int, Conditioning] = field(default_factory=dict, init=False)  # by batch size
 
     def __post_init__(self) -> None:
-        self.optimizer = torch.optim.Adam(self.subset.masters.values(), lr=self.learning_rate)
+        weights = list(self.unet.parameters())
+        self.scaler = torch.amp.GradScaler(
+            weights[0].device.type, enabled=any(w.dtype == torch.float16 for w in weights)
+        )
+        self.scaler.scale(torch.zeros((), device=weights[0].device))  # its tensors are made now
 
     def step(self, samples: TeacherSamples) -> FitStep:
-        """Forward, loss and its gradient in one kernel, backward, optimizer. Raises
-        NonFiniteLoss before any weight has moved."""
+        """Forward, loss and its gradient in one kernel, backward, optimizer.
+
+        Raises NonFiniteLoss before any weight has moved; also after MOST_SKIPS skipped steps in
+        a row, where no scale helps.
+        """
+        loss, student = self.backward(samples)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise NonFiniteLoss(
+                f"the loss is {value} at iteration {len(self.losses)}, timestep "
+                f"{samples.timesteps.tolist()}; try a lower learning_rate than "
+                f"{self.optimizer.param_groups[0]['lr']:g}, or dtype float32"
+            )
+        scale = self.scaler.get_scale()
+        self.update()
+        skipped = self.scaler.get_scale() < scale
+        self.losses.append(value)
+        self.count_skipped(skipped)
+        return FitStep(len(self.losses) - 1, value, samples, student, skipped)
+
+    def backward(self, samples: TeacherSamples) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss (), the student's predictions (B, C, h, w), and gradients on the UNet's
+        parameters. Nothing waits for the device."""
+        for parameter in self.subset.parameters.values():
+            parameter.grad = None
         student = predict_noise(
             self.unet, samples.latents, samples.timesteps, self.question(len(samples))
         )  # (B, C, h, w)
@@ -63,18 +98,22 @@ class Fitter:
             self.objective.negative_guidance,
             1.0,
         )
-        value = loss.item()
-        if not math.isfinite(value):
+        self.scaler.scale(loss).backward()
+        return loss.detach(), student.detach()
+
+    def update(self) -> None:
+        """Gradients to masters, masters to the UNet. Nothing waits for the device where the
+        optimizer is fused (GradScaler looks at the gradients of another on the host)."""
+        self.subset.step(self.optimizer, self.scaler, self.max_grad_norm)
+
+    def count_skipped(self, skipped: bool) -> None:
+        self.skipped += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if self.skipped_in_a_row >= MOST_SKIPS:
             raise NonFiniteLoss(
-                f"the loss is {value} at iteration {len(self.losses)}, timestep "
-                f"{samples.timesteps.tolist()}; try a lower learning_rate than "
-                f"{self.learning_rate:g}, or dtype float32"
+                f"gradients overflowed float16 in {MOST_SKIPS} steps in a row, the last one "
+                f"iteration {len(self.losses) - 1}; try dtype bfloat16 or float32"
             )
-        scale = FLOAT16_SCALE if student.dtype == torch.float16 else 1.0
-        (loss * scale).backward()
-        self.subset.step(self.optimizer, scale)
-        self.losses.append(value)
-        return FitStep(len(self.losses) - 1, value, samples, student.detach())
 
     def question(self, size: int) -> Conditioning:
         """The same tensors at every step: what was made of them once may be kept."""

@@ -51,11 +51,12 @@ class KeptProjection(nn.Linear):
 def kept_projections(unet: Any) -> Iterator[int]:
     """Within: `to_k` and `to_v` of every cross-attention of `unet` keep what they made of the last
     prompt (the very tensor that the UNet is asked with, unchanged); after: as before. Gives their
-    number."""
+    number; none but on the CPU: a CUDA graph would go on with what was kept when it was captured."""
+    on_cpu = next(unet.parameters()).device.type == "cpu"
     matrices = [
         matrix
         for attention in unet.modules()
-        if getattr(attention, "is_cross_attention", False)
+        if on_cpu and getattr(attention, "is_cross_attention", False)
         for matrix in (attention.to_k, attention.to_v)
         if type(matrix) is nn.Linear  # what others derive from it is theirs
         and "forward" not in vars(matrix)

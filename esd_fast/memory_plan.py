@@ -21,10 +21,11 @@ from .collect import predict_noise
 from .frozen_conv import frozen_convolutions
 from .memory_count import FlashOnMeta, LiveBytes, SavedBytes
 from .models.base import Conditioning
+from .optimizers import OPTIMIZERS, state_bytes
 from .parameters import trainable_names
 
 TOKENS = 77  # of CLIP's text encoders
-MASTER, ADAM, GRADIENT = 4, 8, 4  # bytes a trained weight: float32, two moments, float32
+MASTER, GRADIENT = 4, 4  # bytes a trained weight, float32
 # An allowance, not measured: the CUDA context, cuBLAS's and cuDNN's workspaces ...
 LIBRARIES = 768 * 2**20
 # ... and what the caching allocator loses to rounding and gaps, of what comes and goes.
@@ -62,12 +63,14 @@ class MemoryPlan:
     trained: int
     weights: int
     masters_and_frozen: int
+    optimizer_name: str
     optimizer: int
+    """Its state: two moments of every trained weight."""
     gradients: int
-    """Float32, when Adam moves the masters."""
+    """Float32, when the optimizer moves the masters."""
     adam_workspace: int
-    """What torch's Adam takes on CUDA while it works (a root for each second moment, all at
-    once); nothing where it is fused."""
+    """What torch's Adam takes on CUDA while it works, were it not fused (a root for each second
+    moment, all at once); nothing where it is, nor with 8 bits."""
     libraries: int
     collect: dict[int, int]
     """By `collect_batch_size`, the peak of collecting, everything that is held included."""
@@ -106,14 +109,16 @@ def plan_memory(
     dtype: str = "bfloat16",
     prompts: int = 2,
     vae_scale_factor: int = 8,
-    fused_adam: bool = False,
+    optimizer: str = "adam",
+    fused_adam: bool = True,
     enough: int | None = None,
 ) -> MemoryPlan:
     """Count every choice for the UNet of `unet_config`; takes seconds, and a few megabytes.
 
-    `prompts`: predicted for a sample while collecting (3 with `erase_from`). `enough`: bytes; what
-    is slower than the first choice within them is not counted. Raises ValueError where the method
-    selects nothing or the resolution does not suit.
+    `prompts`: predicted for a sample while collecting (3 with `erase_from`). `fused_adam`: as
+    make_optimizer has it on CUDA. `enough`: bytes; what is slower than the first choice within
+    them is not counted. Raises ValueError where the method selects nothing or the resolution does
+    not suit.
     """
     side = latent_side(unet_config, resolution, vae_scale_factor)
     unet = on_meta(unet_config, getattr(torch, dtype))
@@ -124,8 +129,8 @@ def plan_memory(
     itemsize = getattr(torch, dtype).itemsize
     weights = every * itemsize
     masters = trained * (itemsize + (0 if dtype == "float32" else MASTER))
-    optimizer, gradients = trained * ADAM, trained * GRADIENT
-    adam_workspace = 0 if fused_adam else gradients
+    state, gradients = sum(state_bytes(optimizer, sizes[n]) for n in names), trained * GRADIENT
+    adam_workspace = 0 if fused_adam or OPTIMIZERS[optimizer].bits == 8 else gradients
 
     def total(held: int, passing: int) -> int:
         return held + LIBRARIES + round(passing * (1 + SLACK))
@@ -145,7 +150,7 @@ def plan_memory(
                 activations=step.activations,
                 workspace=step.peak - step.activations,
                 flops=step.flops / plain.flops,
-                total=total(weights + masters + optimizer, passing),
+                total=total(weights + masters + state, passing),
             )
         )
         if enough is not None and lean and choices[-1].total <= enough:
@@ -160,11 +165,12 @@ def plan_memory(
         trained=trained,
         weights=weights,
         masters_and_frozen=masters,
-        optimizer=optimizer,
+        optimizer_name=optimizer,
+        optimizer=state,
         gradients=gradients,
         adam_workspace=adam_workspace,
         libraries=LIBRARIES,
-        # Adam has no state yet where everything is collected first
+        # no optimizer has state yet where everything is collected first
         collect={
             size: total(weights + masters, count_forward(unet, side, size * prompts))
             for size in COLLECT_BATCHES

@@ -179,27 +179,56 @@ class TrainableSubset:
             return master
         return torch.addmm(self.frozen[name].float(), master, self.filters[name])
 
-    def to_master(
-        self, name: str, gradient: torch.Tensor | None, scale: float
-    ) -> torch.Tensor | None:
-        """The master's gradient, of the loss itself."""
-        if gradient is None:
-            return None
-        gradient = gradient.float() if scale == 1 else gradient.float() / scale
-        return gradient @ self.filters[name] if name in self.filters else gradient
+    def step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler | None = None,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        """Gradients (of the loss times the scaler's scale) to the masters, one optimizer step,
+        masters back into the UNet. Where gradients overflowed, an enabled scaler skips the step.
 
-    def step(self, optimizer: torch.optim.Optimizer, scale: float = 1.0) -> None:
-        """Gradients (of `scale` times the loss) to the masters, one optimizer step, masters back
-        into the UNet."""
+        `max_grad_norm`: of the masters' gradients together, of the loss itself; longer ones are
+        shortened to it.
+        """
         import torch
 
+        scaler = scaler or torch.amp.GradScaler(enabled=False)
+        self.gradients_to_masters()
+        if max_grad_norm is not None:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(self.masters.values(), max_grad_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        self.masters_to_parameters()
+
+    def gradients_to_masters(self) -> None:
+        """Parameters' gradients, filtered, to those masters that are not parameters themselves."""
         for name, parameter in self.parameters.items():
             master = self.masters[name]
             if master is not parameter:
-                master.grad = self.to_master(name, parameter.grad, scale)
+                master.grad = self.master_gradient(name, parameter.grad)
                 parameter.grad = None
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+
+    def master_gradient(self, name: str, gradient: torch.Tensor | None) -> torch.Tensor | None:
+        """Float32, and laid out as the master is: torch's fused Adam on the CPU takes that on
+        trust."""
+        import torch
+
+        if gradient is None:
+            return None
+        if name in self.filters:
+            gradient = gradient.float() @ self.filters[name]
+        master = self.masters[name]
+        if gradient.dtype == master.dtype and gradient.stride() == master.stride():
+            return gradient
+        return torch.empty_like(master, requires_grad=False).copy_(gradient)
+
+    def masters_to_parameters(self) -> None:
+        """What the masters say, rounded to the UNet's dtype."""
+        import torch
+
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 if self.masters[name] is not parameter:

@@ -47,6 +47,14 @@ def config(**settings: Any) -> EraseConfig:
         ("negative_guidance", float("nan"), "a finite number"),
         ("guidance_scale", None, "a finite number"),
         ("keep_vocabulary", -0.5, "0 (off) or above"),
+        ("optimizer", "sgd", "'adam' or 'adamw' or 'adam8bit'"),
+        ("optimizer", None, "'adam' or 'adamw'"),
+        ("weight_decay", 0.1, "left out where no AdamW is the optimizer"),
+        ("weight_decay", -0.1, "0 (off) or above"),
+        ("weight_decay", float("nan"), "a finite number"),
+        ("max_grad_norm", -1.0, "0 (off) or above"),
+        ("max_grad_norm", float("inf"), "a finite number"),
+        ("max_grad_norm", "1", "a finite number"),
         ("resolution", 100, "a multiple of 8"),
         ("resolution", 0, "a whole number from 1"),
         ("seed", -1, "from 0"),
@@ -58,6 +66,8 @@ def config(**settings: Any) -> EraseConfig:
         ("schedule", "ddim", "'model' or 'paper'"),
         ("dtype", "fp16", "'float16'"),
         ("device", torch.device("cpu"), "a text"),
+        ("cuda_graphs", "on", "'auto' or 'off'"),
+        ("cuda_graphs", True, "'auto' or 'off'"),
     ],
 )
 def test_refused_naming_argument_and_value(name: str, value: object, would_do: str) -> None:

@@ -1,5 +1,6 @@
 """Keys and values of an unchanged prompt are computed once, and anew when anything changes."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -79,6 +80,8 @@ def test_all_cross_attention_and_nothing_else() -> None:
     assert len(kept) == count
     assert [type(m) for m in unet.modules()] == classes
     assert not any("kept" in vars(m) for m in unet.modules())
+    with kept_projections(copy.deepcopy(unet).to("meta")) as count:  # any other device
+        assert count == 0
 
 
 @pytest.mark.parametrize("method", ["esd-x", "selfattn"])

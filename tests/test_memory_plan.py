@@ -89,6 +89,32 @@ def test_fused_adam_saves_its_workspace_where_the_update_is_the_worst_moment():
     assert 0 < plain.choices[-1].total - fused.choices[-1].total <= 4 * plain.trained * 1.1 + 1
 
 
+def test_fused_is_what_is_planned_for():
+    """As make_optimizer has it on CUDA."""
+    plan = plan_memory("sd1", small("sd1"), "esd-x-strict", 64)
+    assert (plan.optimizer_name, plan.optimizer, plan.adam_workspace) == (
+        "adam",
+        8 * plan.trained,
+        0,
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam8bit", "adamw8bit"])
+def test_an_optimizers_state_is_in_the_peak(optimizer):
+    adam, other = (
+        plan_memory("sd1", small("sd1"), "esd-all", 64, optimizer=name, fused_adam=fused)
+        for name, fused in (("adam", True), (optimizer, optimizer == "adamw"))
+    )
+    assert other.optimizer_name == optimizer
+    assert other.adam_workspace == 0
+    saved = adam.optimizer - other.optimizer
+    assert adam.choices[-1].total - other.choices[-1].total == saved
+    if optimizer == "adamw":
+        assert saved == 0
+    else:
+        assert other.optimizer < 0.3 * adam.optimizer
+
+
 def test_full_size_models_are_packaged():
     millions = {"sd1": 859.5, "sd2": 865.9, "sdxl": 2567.5}
     for model, size in millions.items():
@@ -120,6 +146,9 @@ def test_command_reads_a_folder_and_says_what_fits():
     told = json.loads(esd_fast(*settings, "--vram", "4GB", "--json").stdout)
     assert told["method"] == "esd-x"
     assert told["fits"]["collect_batch_size"] == 4
+    assert told["optimizer_name"] == "adam"
+    assert told["adam_workspace"] == 0
+    assert "adam8bit's state" in esd_fast(*settings, "--optimizer", "adam8bit").stdout
     done = esd_fast(*settings, "--vram", "1MB", check=False)
     assert done.returncode == 1
     assert "does not fit" in done.stdout

@@ -163,9 +163,11 @@ def test_small_updates_survive_low_precision(dtype: torch.dtype) -> None:
 def test_masters_see_gradients_at_their_own_size() -> None:
     _, subset = subset_of(torch.float16)
     before = {n: m.clone() for n, m in subset.masters.items()}
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.ones(()))  # makes the scale
     for parameter in subset.parameters.values():
         parameter.grad = torch.full_like(parameter, 1024 * 2e-6)
-    subset.step(torch.optim.SGD(subset.masters.values(), lr=1e3), scale=1024.0)  # type: ignore[arg-type]
+    subset.step(torch.optim.SGD(subset.masters.values(), lr=1e3), scaler)
     for name, master in subset.masters.items():
         torch.testing.assert_close(
             before[name] - master, torch.full_like(master, 2e-3), rtol=1e-3, atol=1e-6

@@ -3,8 +3,10 @@
 `guided step`: a batch of two (null and concept) through the UNet, guidance, the scheduler's step.
 `fit step`: the student's forward, loss, backward to the cross-attention weights (esd-x), Adam.
 
-`esd_fast` is the package's own code (Teacher, Fitter), `packed` the same on a UNet of its own with weights packed
-by oneDNN and the prompt's keys and values kept, as runs on the CPU have it, `eager` what the diffusers pipeline and the public scripts
+`esd_fast` is the package's own code (Teacher, Fitter), launched step by step, `packed` the same on a UNet of its
+own with weights packed by oneDNN and the prompt's keys and values kept, as long runs on the CPU have it, `graphs`
+the same captured as CUDA graphs and replayed (CUDA; the first step is then warm-up, capture and replay), `eager`
+what the diffusers pipeline and the public scripts
 do (trainable weights in the UNet's dtype, loss in float32), `compiled` the same with the UNet under torch.compile
 (CUDA), `floor` the sum of the convolutions, matrix products and attention calls of the eager step, or of the
 packed one on the CPU, timed alone (floor.py). All else of them work on one UNet with random weights, and under one allocator setting.
@@ -45,11 +47,13 @@ from torch.nn import functional as F
 
 from esd_fast.collect import Teacher, TeacherSamples
 from esd_fast.commands.console import quiet_libraries
-from esd_fast.fit import Fitter
 from esd_fast.frozen_conv import frozen_convolutions
+from esd_fast.graphed_steps import GuidedGraphs, RunGraphs, path_of
+from esd_fast.graphs import Capture, CudaCapture, Graphed
 from esd_fast.kept_projections import kept_projections
 from esd_fast.models import Conditioning, PromptSet
 from esd_fast.objective import Objective
+from esd_fast.optimizers import make_optimizer
 from esd_fast.packed_weights import packed_weights, why_not_dtype
 from esd_fast.pages import give_back_pages, keep_pages
 from esd_fast.parameters import TrainableSubset, trainable_names
@@ -284,23 +288,26 @@ def work_on(unet: torch.nn.Module, job: Job) -> Work:
 Step = Callable[[], object]
 
 
-def guided_esd_fast(work: Work) -> Step:
+def guided_esd_fast(work: Work, graphs: GuidedGraphs | None = None) -> Step:
     names = ("null", "concept")
-    scheduler = work.family.noise_schedule()
     teacher = Teacher(
-        work.unet, scheduler, work.prompts, "concept", names, INFERENCE_STEPS, GUIDANCE_SCALE
+        work.unet,
+        work.family.noise_schedule(),
+        work.prompts,
+        "concept",
+        names,
+        INFERENCE_STEPS,
+        GUIDANCE_SCALE,
+        graphs,
     )
 
     @torch.no_grad()
     def endless() -> Iterator[torch.Tensor]:
         while True:
-            trajectory = teacher.trajectory(Rollout(work.noise, INFERENCE_STEPS), names)
-            conditioning = work.prompts.stacked(names, 1)
-            for timestep in trajectory.timesteps:
-                inputs = trajectory.model_inputs(timestep)
-                predictions = teacher.ask(inputs, timestep, conditioning)
-                trajectory.step(predictions, timestep)
-                yield predictions.flatten(0, 1)
+            trajectory = teacher.trajectory(Rollout(work.noise, INFERENCE_STEPS), names, keep=True)
+            for call, timestep in enumerate(trajectory.timesteps):
+                trajectory.step(timestep)
+                yield trajectory.said[:, :, call].flatten(0, 1)
 
     return endless().__next__
 
@@ -325,11 +332,42 @@ def guided_eager(work: Work) -> Step:
     return endless().__next__
 
 
-def fit_esd_fast(work: Work) -> Step:
+def fit_esd_fast(work: Work, graphs: RunGraphs | None = None) -> Step:
     subset = TrainableSubset.of(work.unet, list(work.trained()))
     objective = Objective("concept", NEGATIVE_GUIDANCE)
-    fitter = Fitter(work.unet, subset, work.prompts["concept"], objective, LEARNING_RATE)
+    graphs = graphs or RunGraphs.of("off", work.unet)
+    optimizer = make_optimizer(
+        "adam", subset.masters.values(), LEARNING_RATE, capturable=graphs.captures_optimizer
+    )
+    student = work.prompts["concept"]
+    fitter = graphs.fitter(work.unet, subset, student, objective, optimizer, watched=False)
     return lambda: fitter.step(work.samples)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A step of the package with CUDA graphs, and in words whether they were really replayed."""
+
+    step: Step
+    graphs: Callable[[], list[Graphed]]
+
+    def __call__(self) -> object:
+        return self.step()
+
+    @property
+    def note(self) -> str:
+        return f"CUDA graphs: {path_of(self.graphs())}"
+
+
+def guided_graphs(work: Work, capture: Capture | None = None) -> Captured:
+    guided = GuidedGraphs(capture or CudaCapture(work.device))
+    return Captured(guided_esd_fast(work, guided), lambda: guided.graphs)
+
+
+def fit_graphs(work: Work, capture: Capture | None = None) -> Captured:
+    graphs = RunGraphs("not measured here", capture or CudaCapture(work.device))
+    step = fit_esd_fast(work, graphs)
+    return Captured(step, lambda: [g for fitter in graphs.fitters for g in fitter.graphs])
 
 
 def fit_eager(work: Work) -> Step:
@@ -389,12 +427,14 @@ STEPS: dict[str, dict[str, Callable[[Work], Step]]] = {
     "guided step": {
         "esd_fast": guided_esd_fast,
         "packed": packed(guided_esd_fast),
+        "graphs": guided_graphs,
         "eager": guided_eager,
         "compiled": compiled(guided_eager),
     },
     "fit step": {
         "esd_fast": fit_esd_fast,
         "packed": packed(fit_esd_fast),
+        "graphs": fit_graphs,
         "eager": fit_eager,
         "compiled": compiled(fit_eager),
     },
@@ -419,9 +459,12 @@ def run(settings: Settings) -> Iterator[Row]:
     keep_pages()
     quiet_libraries()
     everything = list(jobs(settings))
+    graphs = ("graphs",) if on_cuda(settings.device) else ()
     for job in everything:
         if not measured_before(job, "floor", settings):  # the last row of each
-            yield from measure_job(job, contestants_of(job))
+            yield from measure_job(job, ("esd_fast", *graphs, *packed_on(job), "eager"))
+            if not graphs:
+                yield from no_graphs(job)
     if on_cuda(settings.device):
         with fresh_compiler_cache():
             for job in everything[:1] if settings.quick else everything:
@@ -429,9 +472,8 @@ def run(settings: Settings) -> Iterator[Row]:
                     yield from measure_job(job, ("compiled",))
 
 
-def contestants_of(job: Job) -> tuple[str, ...]:
-    packs = not (on_cuda(job.device) or why_not_dtype(job.dtype))
-    return ("esd_fast", "packed", "eager") if packs else ("esd_fast", "eager")
+def packed_on(job: Job) -> tuple[str, ...]:
+    return () if on_cuda(job.device) or why_not_dtype(job.dtype) else ("packed",)
 
 
 def measured_before(job: Job, contestant: str, settings: Settings) -> bool:
@@ -455,6 +497,12 @@ def measure_job(job: Job, contestants: tuple[str, ...]) -> Iterator[Row]:
         if short and case not in there:
             for contestant in contestants:
                 yield Row("step", case, contestant, job.device, name_of(job.dtype), note=short)
+
+
+def no_graphs(job: Job) -> Iterator[Row]:
+    note = f"n/a: CUDA graphs on {job.device}"
+    for case in map(job.case, STEPS):
+        yield Row("step", case, "graphs", job.device, name_of(job.dtype), note=note)
 
 
 def measured(job: Job, contestants: tuple[str, ...]) -> Iterator[Row]:
@@ -505,6 +553,7 @@ def measure_kind(
             samples_per_second=1 / timing.median,
             tflops=bare.flops / timing.median / 1e12,
             unet_passes=UNET_PASSES[kind],
+            note=getattr(steps[contestant], "note", ""),
             **columns,
             **common,
         )
@@ -612,7 +661,13 @@ def name_of(dtype: torch.dtype) -> str:
 
 # --- the chart ----------------------------------------------------------------------------------------
 
-COLOURS = {"packed": "#e69f00", "esd_fast": "#d55e00", "eager": "#56b4e9", "compiled": "#009e73"}
+COLOURS = {
+    "packed": "#e69f00",
+    "esd_fast": "#d55e00",
+    "graphs": "#cc79a7",
+    "eager": "#56b4e9",
+    "compiled": "#009e73",
+}
 
 
 def plot(rows: Sequence[Row], figure: Figure) -> None:

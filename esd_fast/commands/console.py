@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 def quiet_libraries() -> None:
     """One progress bar at a time, ours."""
+    import logging
     import warnings
 
     import diffusers.utils.logging
@@ -23,6 +24,7 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # diffusers imports it where it is
 
 
 class Bars:

@@ -37,7 +37,7 @@ def plan(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         dtype=arguments.dtype,
         vae_scale_factor=scale,
-        fused_adam=arguments.fused_adam,
+        optimizer=arguments.optimizer,
     )
     print(json.dumps(as_json(made, vram), indent=1) if arguments.json else as_text(made, vram))
     return 0 if vram is None or made.fitting(vram) else 1
@@ -79,9 +79,8 @@ def as_text(made: MemoryPlan, vram: int | None) -> str:
     held = {
         "weights": made.weights,
         "masters and frozen copies": made.masters_and_frozen,
-        "optimizer state": made.optimizer,
+        f"{made.optimizer_name}'s state": made.optimizer,
         "gradients, float32": made.gradients,
-        "Adam's workspace": made.adam_workspace,
         "libraries (an allowance)": made.libraries,
     }
     heading = (

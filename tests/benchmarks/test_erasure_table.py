@@ -68,6 +68,27 @@ def test_recipes_get_a_table_each(tmp_path):
     assert tables.count("| cat |") == 2
 
 
+def test_recipes_side_by_side_are_compared_with_the_first():
+    low = {"dtype": "bfloat16", "optimizer": "adamw"}
+    rows = [
+        base(0, cat=[1, 1, 1, 0], ink=[1, 1, 1, 1]),
+        run("cat", 0, [0, 0, 0, 1], [1, 1, 0, 0], settings={"dtype": "float32"}),
+        run("ink", 0, [0, 0, 0, 0], [1, 1, 1, 1], settings={"dtype": "float32"}),
+        run("cat", 0, [0, 0, 0, 0], [1, 1, 1, 0], settings=low),
+        run("ink", 0, [0, 0, 0, 0], [1, 1, 1, 0], settings=low),
+    ]
+    heading, _, cat, _, every, points = erasure_table.side_by_side(rows).splitlines()
+    assert heading == "| erased | float32 | bfloat16, adamw |"
+    assert cat == f"| cat | 25.0% / {2 / 3:.1%} | 0.0% / 100.0% |"
+    assert every == f"| **all** | 12.5% / {6 / 7:.1%} | 0.0% / {6 / 7:.1%} |"
+    assert points == "| points from the first | | -12.5 / +0.0 |"
+
+
+def test_precision_starts_from_float32():
+    assert erasure_table.PRECISION[0] == {"dtype": "float32"}
+    assert all(settings["dtype"] != "float32" for settings in erasure_table.PRECISION[1:])
+
+
 @pytest.mark.parametrize("concept", erasure_table.SWEEP_CONCEPTS)
 def test_styles_are_erased_by_the_words_that_ask_for_them(concept):
     prompt = erasure_table.concept_prompt(concept)

@@ -11,6 +11,7 @@ from rows import Row
 from suites import cpu, kernels, step
 
 from esd_fast import ops
+from esd_fast.graphs import Twin
 from esd_fast.parameters import trainable_names
 
 # diffusers' Euler scheduler hands tensors to NumPy in a way that NumPy will not take for ever
@@ -116,11 +117,15 @@ def job(family: str) -> step.Job:
 def test_guided_steps_are_the_same(family):
     work = step.work_on(step.built(job(family)), job(family))
     ours, eager = step.guided_esd_fast(work), step.guided_eager(work)
+    replayed = step.guided_graphs(work, Twin())
     for _ in range(3):
-        assert close(ours(), eager(), 1e-4)
+        expected = eager()
+        assert close(ours(), expected, 1e-4)
+        assert close(replayed(), expected, 1e-4)
+    assert replayed.note == "CUDA graphs: yes (1 captured, 3 steps replayed)"
 
 
-@pytest.mark.skipif("packed" not in step.contestants_of(job("sd1")), reason="no oneDNN")
+@pytest.mark.skipif(not step.packed_on(job("sd1")), reason="no oneDNN")
 def test_packed_steps_are_the_same():
     work = step.work_on(step.built(job("sd1")), job("sd1"))
     guided = [step.STEPS["guided step"][name](work) for name in ("packed", "eager")]
@@ -163,6 +168,18 @@ def test_fit_steps_are_the_same(family):
     assert all("attn2" in name for name in start)
 
 
+def test_replayed_fit_steps_are_the_same():
+    losses, moved = [], []
+    for make in (step.fit_esd_fast, lambda work: step.fit_graphs(work, Twin())):
+        work = step.work_on(step.built(job("sd1")), job("sd1"))
+        run = make(work)
+        losses.append([run().loss for _ in range(3)])
+        moved.append({name: p.detach().clone() for name, p in work.trained().items()})
+    assert losses[0] == losses[1]
+    assert all(torch.equal(moved[0][name], moved[1][name]) for name in moved[0])
+    assert run.note == "CUDA graphs: yes (1 captured, 3 steps replayed)"
+
+
 # upstream's own numbers: parameters, those of esd-x, and multiplications of one forward
 @pytest.mark.parametrize(
     ("family", "pixels", "parameters", "trained", "products"),
@@ -193,11 +210,14 @@ def test_full_size_is_the_published_size(family, pixels, parameters, trained, pr
 def test_step_quick():
     rows = list(step.run(QUICK))
     sane(rows)
-    contestants = len(step.contestants_of(job("sd1"))) + 1  # the floor
+    contestants = 4 + len(step.packed_on(job("sd1")))
     assert len(rows) == len(step.FAMILIES) * len(step.STEPS) * contestants
+    graphs = [r for r in rows if r.contestant == "graphs"]
+    assert {(r.seconds, r.note) for r in graphs} == {(None, "n/a: CUDA graphs on cpu")}
     for kind in step.STEPS:
         floors = {r.case: r.seconds for r in rows if r.contestant == "floor"}
-        for row in (r for r in rows if r.case.endswith(kind) and r.contestant != "floor"):
+        measured = [r for r in rows if r.contestant in ("esd_fast", "eager")]
+        for row in (r for r in measured if r.case.endswith(kind)):
             assert row.over_floor == pytest.approx(row.seconds / floors[row.case])
             assert row.unet_passes == 2
             assert row.tflops > 0
