@@ -404,11 +404,11 @@ def compiled(make: Callable[[Work], Step]) -> Callable[[Work], Step]:
     return lambda work: make(dataclasses.replace(work, unet=torch.compile(work.unet)))
 
 
-def packed(make: Callable[[Work], Step]) -> Callable[[Work], Step]:
-    """On a copy, since packed weights are not there for others to read."""
+def packed(make: Callable[[Work], Step], copied: bool = True) -> Callable[[Work], Step]:
+    """On a copy, where others work on the UNet too: packed weights are not there for them to read."""
 
     def made(work: Work) -> Step:
-        unet, contexts = copy.deepcopy(work.unet), ExitStack()
+        unet, contexts = copy.deepcopy(work.unet) if copied else work.unet, ExitStack()
         contexts.enter_context(frozen_convolutions(unet))
         contexts.enter_context(kept_projections(unet))
         contexts.enter_context(packed_weights(unet))
