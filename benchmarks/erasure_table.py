@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 import esd_fast
-from esd_fast.commands.console import keep_pages, quiet_libraries
+from esd_fast.commands.console import quiet_libraries
 from esd_fast.demo import world
 from esd_fast.esd import run
 from esd_fast.evaluation.recognition import (
@@ -32,6 +32,7 @@ from esd_fast.evaluation.recognition import (
     kept_questions,
 )
 from esd_fast.models import load_model
+from esd_fast.pages import keep_pages
 
 RESULTS = Path(__file__).parent / "results"
 JUDGES = ("judge", "second-judge")

@@ -21,13 +21,20 @@ from measure import inner_calls, seconds_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
-aten = torch.ops.aten
+aten, mkldnn = torch.ops.aten, torch.ops.mkldnn
 
 # What counts is what torch has a FLOP formula for, and attention on the CPU, which it leaves out.
 FORMULAS: dict[Any, Callable[..., int]] = {
     **flop_registry,
     aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+    # what packed_weights.py calls
+    mkldnn._convolution_pointwise: lambda *operands, out_val: (
+        2 * out_val.numel() * operands[1].numel() // operands[1].shape[0]
+    ),
+    mkldnn._linear_pointwise: lambda *operands, out_val: (
+        2 * out_val.numel() * operands[0].shape[-1]
+    ),
 }
 
 LEAST = 2e-3  # seconds that one measurement of a call takes at least, where calls are shorter
@@ -54,6 +61,23 @@ class Operand:
 
 
 @dataclass(frozen=True)
+class Packed:
+    """The packed weight of a convolution without its numbers; it knows no strides."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def random(self, arguments: tuple[Any, ...]) -> torch.Tensor:
+        """Packed as for the call of _convolution_pointwise that has these arguments."""
+        pixels, _, _, padding, stride, dilation, groups, *_ = arguments
+        weight = torch.empty(self.shape, dtype=self.dtype)
+        fill_normal(weight)
+        reorder = torch._C._nn.mkldnn_reorder_conv2d_weight
+        size = list(pixels.shape)
+        return reorder(weight.to_mkldnn(), padding, stride, dilation, groups, size)
+
+
+@dataclass(frozen=True)
 class Call:
     """One call of an operator, its tensors as Operands. Equal calls cost the same."""
 
@@ -65,6 +89,7 @@ class Call:
     def prepared(self) -> Callable[[], object]:
         """The call on fresh random tensors, ready to run."""
         arguments = thawed(self.arguments)
+        arguments = tuple(a.random(arguments) if isinstance(a, Packed) else a for a in arguments)
         keywords = {name: thawed(value) for name, value in self.keywords}
         return lambda: self.operator(*arguments, **keywords)
 
@@ -152,6 +177,8 @@ class Replay:
 
 def frozen(value: Any) -> Any:
     """Hashable: tensors as Operands, lists as tuples (which operators take as well)."""
+    if isinstance(value, torch.Tensor) and value.is_mkldnn:
+        return Packed(tuple(value.shape), value.dtype)
     if isinstance(value, torch.Tensor):
         return Operand(tuple(value.shape), value.stride(), value.dtype, value.device)
     if isinstance(value, (list, tuple)):

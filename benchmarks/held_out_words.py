@@ -21,11 +21,12 @@ import erasure_table
 from tqdm import tqdm
 
 import esd_fast
-from esd_fast.commands.console import keep_pages, quiet_libraries
+from esd_fast.commands.console import quiet_libraries
 from esd_fast.demo import world
 from esd_fast.esd import run
 from esd_fast.evaluation.recognition import Question, erased_questions, kept_questions
 from esd_fast.models import load_model
+from esd_fast.pages import keep_pages
 from esd_fast.vocabulary import words_of
 
 FILE = erasure_table.RESULTS / "held_out_words.jsonl"

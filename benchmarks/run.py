@@ -26,7 +26,7 @@ sys.path.append(str(ROOT))  # where esd_fast is not installed, the source folder
 from measure import Settings, machine
 from rows import Row, read_json, read_machine, show, write_csv, write_json
 
-SUITES = ("kernels", "step", "erase", "scale", "full-size")
+SUITES = ("kernels", "step", "cpu", "erase", "scale", "full-size")
 
 
 def main(argv: list[str] | None = None) -> None:

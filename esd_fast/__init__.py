@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .config import PRESETS, EraseConfig
     from .erasure import Erasure, load
     from .esd import EraseInterrupted, Progress, erase
+    from .pages import give_back_pages, keep_pages
 
 __version__ = "0.1.0"
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "Erasure",
     "Progress",
     "erase",
+    "give_back_pages",
+    "keep_pages",
     "load",
 ]
 # name -> module: imported on first use, so that `import esd_fast` and --help stay light
@@ -34,6 +37,8 @@ _HOMES = {
     "erase": "esd",
     "Erasure": "erasure",
     "load": "erasure",
+    "keep_pages": "pages",
+    "give_back_pages": "pages",
 }
 
 

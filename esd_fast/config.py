@@ -80,7 +80,8 @@ class EraseConfig:
     """Of the initial noise, the drawn timesteps and the order of the samples."""
     dtype: str = "auto"
     """Of the frozen weights: "float32", "bfloat16", "float16"; "auto" keeps a live pipeline's own
-    and takes what the device is fast in otherwise. Trainable weights have float32 masters."""
+    and takes what the device is fast in otherwise (on the CPU bfloat16 for big UNets alone, and
+    where a probe says that it gains). Trainable weights have float32 masters."""
     device: str = "auto"
     """"cuda", "cuda:1", "mps", "cpu"; "auto" keeps a live pipeline's own, else the best there."""
     cuda_graphs: Literal["auto", "off"] = "auto"

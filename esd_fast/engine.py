@@ -14,6 +14,8 @@ from .accelerate import accelerate, is_accelerated
 from .checkpointing import blocks_in_backward, checkpointed
 from .config import bytes_of
 from .frozen_conv import frozen_convolutions
+from .kept_projections import kept_projections
+from .packed_weights import packed_weights
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -97,8 +99,11 @@ def fitting(model: Model, config: EraseConfig, resolution: int, memory: int) -> 
 
 
 @contextmanager
-def engaged(model: Model, layout: Layout, latent_size: tuple[int, int]) -> Iterator[dict[str, str]]:
+def engaged(
+    model: Model, layout: Layout, latent_size: tuple[int, int], passes: int | None = None
+) -> Iterator[dict[str, str]]:
     """Within: the UNet in its fast form; after: as it was. Gives a line for each thing done or not.
+    `passes`: UNet passes to come, where they are known.
 
     Enter it when `requires_grad` is set.
     """
@@ -109,11 +114,15 @@ def engaged(model: Model, layout: Layout, latent_size: tuple[int, int]) -> Itera
         else:
             paths = stack.enter_context(accelerate(unet, latent_size=latent_size)).paths_taken()
         convolutions = stack.enter_context(frozen_convolutions(unet))
+        projections = stack.enter_context(kept_projections(unet))
+        packing = stack.enter_context(packed_weights(unet, passes=passes))
         stack.enter_context(checkpointed(unet, layout.checkpointed))
         yield {
             **paths,
             "attention": attention_path(unet),
             "frozen_convolutions": f"{convolutions} save only their weight",
+            "prompt_projections": f"{projections} kept while prompt and weight stay the same",
+            "packed_weights": str(packing),
             "checkpointing": layout.why,
         }
 

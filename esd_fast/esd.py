@@ -113,11 +113,16 @@ def run(
         model.unet, subset, student, objective, optimizer, clipped, watched=on_step is not None
     )
     noted = Noted(started, held_to, {"scheduler": teacher.scheduler_path(rollouts)}, graphs)
-    meter = Meter(on_progress or (lambda _: None), passes_of(config, teacher, rollouts))
+    collecting = passes_of(config, teacher, rollouts)
+    meter = Meter(on_progress or (lambda _: None), collecting)
+    passes = collecting + 2 * config.iterations * config.batch_size  # forward and backward
 
     finished = False
     try:
-        with only_trainable(model.unet, subset), engaged(model, layout, shape[1:]) as paths:
+        with (
+            only_trainable(model.unet, subset),
+            engaged(model, layout, shape[1:], passes) as paths,
+        ):
             noted.paths.update(paths)
             together = layout.collect_batch_size
             for samples in training_batches(config, together, teacher, rollouts, subset, meter):

@@ -52,6 +52,7 @@ class Fitter:
     losses: list[float] = field(default_factory=list)
     skipped: int = 0  # steps, of all
     skipped_in_a_row: int = 0
+    asked: dict[int, Conditioning] = field(default_factory=dict, init=False)  # by batch size
 
     def __post_init__(self) -> None:
         self.scaler = self.new_scaler()
@@ -88,9 +89,8 @@ class Fitter:
         parameters. Nothing waits for the device."""
         for parameter in self.subset.parameters.values():
             parameter.grad = None
-        size = len(samples)
         student = predict_noise(
-            self.unet, samples.latents, samples.timesteps, self.conditioning.repeated(size)
+            self.unet, samples.latents, samples.timesteps, self.question(len(samples))
         )  # (B, C, h, w)
         loss, _ = ops.guidance_loss(
             student,
@@ -116,6 +116,12 @@ class Fitter:
                 f"gradients overflowed float16 in {MOST_SKIPS} steps in a row, the last one "
                 f"iteration {len(self.losses) - 1}; try dtype bfloat16 or float32"
             )
+
+    def question(self, size: int) -> Conditioning:
+        """The same tensors at every step: what was made of them once may be kept."""
+        if size not in self.asked:
+            self.asked[size] = self.conditioning.repeated(size)
+        return self.asked[size]
 
 
 def shuffled(count: int, seed: int) -> torch.Tensor:

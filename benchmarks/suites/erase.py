@@ -249,8 +249,9 @@ def measure(job: Job) -> list[Row]:
     """Erase, then draw and judge; in a process of its own."""
     from diffusers import StableDiffusionPipeline
 
-    from esd_fast.commands.console import keep_pages, quiet_libraries
+    from esd_fast.commands.console import quiet_libraries
     from esd_fast.demo import model_path
+    from esd_fast.pages import keep_pages
 
     keep_pages()  # whoever erases: the allocator's pages are nobody's merit
     quiet_libraries()

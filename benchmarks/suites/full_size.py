@@ -92,7 +92,8 @@ def reference(job: Job) -> dict[str, Any]:
     import reference_loop
     from diffusers import StableDiffusionPipeline
 
-    from esd_fast.commands.console import keep_pages, quiet_libraries
+    from esd_fast.commands.console import quiet_libraries
+    from esd_fast.pages import keep_pages
 
     keep_pages()
     quiet_libraries()

@@ -67,8 +67,9 @@ def measure(cell: Cell) -> dict[str, Any]:
     from diffusers import StableDiffusionPipeline
 
     import esd_fast
-    from esd_fast.commands.console import keep_pages, quiet_libraries
+    from esd_fast.commands.console import quiet_libraries
     from esd_fast.demo import model_path
+    from esd_fast.pages import keep_pages
 
     keep_pages()
     quiet_libraries()

@@ -3,11 +3,13 @@
 `guided step`: a batch of two (null and concept) through the UNet, guidance, the scheduler's step.
 `fit step`: the student's forward, loss, backward to the cross-attention weights (esd-x), Adam.
 
-`esd_fast` is the package's own code (Teacher, Fitter), launched step by step, `graphs` the same captured as CUDA
-graphs and replayed (CUDA; the first step is then warm-up, capture and replay), `eager` what the diffusers pipeline and the public scripts
+`esd_fast` is the package's own code (Teacher, Fitter), launched step by step, `packed` the same on a UNet of its
+own with weights packed by oneDNN and the prompt's keys and values kept, as long runs on the CPU have it, `graphs`
+the same captured as CUDA graphs and replayed (CUDA; the first step is then warm-up, capture and replay), `eager`
+what the diffusers pipeline and the public scripts
 do (trainable weights in the UNet's dtype, loss in float32), `compiled` the same with the UNet under torch.compile
-(CUDA), `floor` the sum of the convolutions, matrix products and attention calls of the eager step, timed alone
-(floor.py). All of them work on one UNet with random weights, and under one allocator setting.
+(CUDA), `floor` the sum of the convolutions, matrix products and attention calls of the eager step, or of the
+packed one on the CPU, timed alone (floor.py). All else of them work on one UNet with random weights, and under one allocator setting.
 
 Peak memory and `first_seconds` (from the loaded UNet to the end of the first step, its preparation included) are
 those of one contestant alone: in a process of its own on the CPU, one after another on a GPU, where the CUDA
@@ -17,7 +19,7 @@ first step in a common process.
 
 from __future__ import annotations
 
-import ctypes
+import copy
 import dataclasses
 import functools
 import gc
@@ -25,7 +27,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,12 +46,16 @@ from rows import Row
 from torch.nn import functional as F
 
 from esd_fast.collect import Teacher, TeacherSamples
-from esd_fast.commands.console import keep_pages, quiet_libraries
+from esd_fast.commands.console import quiet_libraries
+from esd_fast.frozen_conv import frozen_convolutions
 from esd_fast.graphed_steps import GuidedGraphs, RunGraphs, path_of
 from esd_fast.graphs import Capture, CudaCapture, Graphed
+from esd_fast.kept_projections import kept_projections
 from esd_fast.models import Conditioning, PromptSet
 from esd_fast.objective import Objective
 from esd_fast.optimizers import make_optimizer
+from esd_fast.packed_weights import packed_weights, why_not_dtype
+from esd_fast.pages import give_back_pages, keep_pages
 from esd_fast.parameters import TrainableSubset, trainable_names
 from esd_fast.plan import Rollout
 
@@ -398,15 +404,36 @@ def compiled(make: Callable[[Work], Step]) -> Callable[[Work], Step]:
     return lambda work: make(dataclasses.replace(work, unet=torch.compile(work.unet)))
 
 
+def packed(make: Callable[[Work], Step], copied: bool = True) -> Callable[[Work], Step]:
+    """On a copy, where others work on the UNet too: packed weights are not there for them to read."""
+
+    def made(work: Work) -> Step:
+        unet, contexts = copy.deepcopy(work.unet) if copied else work.unet, ExitStack()
+        contexts.enter_context(frozen_convolutions(unet))
+        contexts.enter_context(kept_projections(unet))
+        contexts.enter_context(packed_weights(unet))
+        step = make(dataclasses.replace(work, unet=unet))
+        return functools.partial(within, contexts, step)
+
+    return made
+
+
+def within(_: ExitStack, step: Step) -> object:
+    """Contexts that nobody holds are left at once."""
+    return step()
+
+
 STEPS: dict[str, dict[str, Callable[[Work], Step]]] = {
     "guided step": {
         "esd_fast": guided_esd_fast,
+        "packed": packed(guided_esd_fast),
         "graphs": guided_graphs,
         "eager": guided_eager,
         "compiled": compiled(guided_eager),
     },
     "fit step": {
         "esd_fast": fit_esd_fast,
+        "packed": packed(fit_esd_fast),
         "graphs": fit_graphs,
         "eager": fit_eager,
         "compiled": compiled(fit_eager),
@@ -435,7 +462,7 @@ def run(settings: Settings) -> Iterator[Row]:
     graphs = ("graphs",) if on_cuda(settings.device) else ()
     for job in everything:
         if not measured_before(job, "floor", settings):  # the last row of each
-            yield from measure_job(job, ("esd_fast", *graphs, "eager"))
+            yield from measure_job(job, ("esd_fast", *graphs, *packed_on(job), "eager"))
             if not graphs:
                 yield from no_graphs(job)
     if on_cuda(settings.device):
@@ -443,6 +470,10 @@ def run(settings: Settings) -> Iterator[Row]:
             for job in everything[:1] if settings.quick else everything:
                 if not measured_before(job, "compiled", settings):
                     yield from measure_job(job, ("compiled",))
+
+
+def packed_on(job: Job) -> tuple[str, ...]:
+    return () if on_cuda(job.device) or why_not_dtype(job.dtype) else ("packed",)
 
 
 def measured_before(job: Job, contestant: str, settings: Settings) -> bool:
@@ -503,7 +534,9 @@ def measure_kind(
     """`eager` runs along even where its row is there already: the others are timed against it."""
     repeats = 1 if job.quick else 10 if on_cuda(job.device) else 3
     steps = {name: STEPS[kind][name](work) for name in dict.fromkeys((*contestants, "eager"))}
-    replay = floor.Replay(floor.record(steps["eager"]), job.device)
+    bare_of = "packed" if "packed" in steps else "eager"
+    steps[bare_of]()  # packs its weights
+    replay = floor.Replay(floor.record(steps[bare_of]), job.device)
     timings = interleaved(steps | {"floor": replay.round}, job.device, repeats)
     bare = replay.floor()
     common: dict[str, Any] = {"device": job.device, "dtype": name_of(job.dtype)}
@@ -599,6 +632,7 @@ def short_of_memory(job: Job) -> str:
     parameters = dict(unet.named_parameters())
     trained = sum(parameters[n].numel() for n in trainable_names(unet, "esd-x"))
     weights = sum(p.numel() for p in parameters.values()) * job.dtype.itemsize
+    weights *= 3  # a second UNet for `packed`, whose convolutions the backward holds twice
     needed = weights + trained * TRAINED_BYTES + OTHER_BYTES
     free = available_memory()
     if needed <= free:
@@ -618,9 +652,7 @@ def release(device: str | torch.device) -> None:
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-    if trim is not None:
-        trim(0)
+    give_back_pages()
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -629,7 +661,13 @@ def name_of(dtype: torch.dtype) -> str:
 
 # --- the chart ----------------------------------------------------------------------------------------
 
-COLOURS = {"esd_fast": "#d55e00", "graphs": "#cc79a7", "eager": "#56b4e9", "compiled": "#009e73"}
+COLOURS = {
+    "packed": "#e69f00",
+    "esd_fast": "#d55e00",
+    "graphs": "#cc79a7",
+    "eager": "#56b4e9",
+    "compiled": "#009e73",
+}
 
 
 def plot(rows: Sequence[Row], figure: Figure) -> None:

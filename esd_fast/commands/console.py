@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import resource
 import sys
 from collections.abc import Callable
@@ -10,20 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
-
-
-def keep_pages() -> None:
-    """Make glibc keep large blocks: by default each is mapped and unmapped anew, and on virtual
-    machines the page faults can cost more than the arithmetic. Elsewhere nothing happens."""
-    if sys.platform == "linux":
-        try:
-            mallopt = ctypes.CDLL(None).mallopt
-        except (OSError, AttributeError):  # another C library
-            return
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def quiet_libraries() -> None:

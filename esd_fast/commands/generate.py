@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esd_fast.config import EraseConfig, check_count, check_number, refuse
+from esd_fast.pages import keep_pages
 from esd_fast.prompts import clean_prompt, safe_name
 
-from .console import Bars, keep_pages, quiet_libraries
+from .console import Bars, quiet_libraries
 
 if TYPE_CHECKING:
     from esd_fast.generate import Shot

@@ -33,7 +33,7 @@ def about(path: str | None) -> dict[str, Any]:
 def about_machine() -> dict[str, Any]:
     import torch
 
-    from esd_fast import ops
+    from esd_fast import ops, processor
     from esd_fast.config import PRESETS
     from esd_fast.erasure import versions
     from esd_fast.models import resolve_device, resolve_dtype
@@ -44,6 +44,7 @@ def about_machine() -> dict[str, Any]:
     return {
         "device": f"{device} ({name})",
         "dtype": str(resolve_dtype("auto", device)).removeprefix("torch."),
+        **({"processor": processor.told()} if device.type == "cpu" else {}),
         "paths": ops.paths(device),
         "versions": versions(),
         "presets": {n: values or "the defaults" for n, values in PRESETS.items()},

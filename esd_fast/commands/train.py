@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esd_fast.config import EraseConfig
+from esd_fast.pages import keep_pages
 from esd_fast.prompts import safe_name
 
-from .console import Bars, keep_pages, peak_memory_bytes, quiet_libraries
+from .console import Bars, peak_memory_bytes, quiet_libraries
 
 if TYPE_CHECKING:
     from esd_fast.erasure import Erasure

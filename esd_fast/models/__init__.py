@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from esd_fast import processor
 from esd_fast.demo import is_embedded, model_path
 
 from .base import Conditioning, Family, Model, PromptSet
@@ -42,9 +43,10 @@ def load_model(model: Any, config: EraseConfig) -> Model:
             "a hub id, or None for the embedded model"
         )
     check_source(source)
-    family = family_of(*described(source))
+    pipeline_class, unet_config = described(source)
+    family = family_of(pipeline_class, unet_config)
     device = resolve_device(config.device)
-    pipeline = family.load(source, resolve_dtype(config.dtype, device))
+    pipeline = family.load(source, resolve_dtype(config.dtype, device, unet_config))
     pipeline.set_progress_bar_config(disable=True)
     pipeline.unet.to(device)  # the VAE stays behind: no picture is decoded in training
     return Model(family, pipeline, source_of(pipeline), False)
@@ -146,9 +148,14 @@ def resolve_device(device: str) -> torch.device:
     return resolved
 
 
-def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+def resolve_dtype(
+    dtype: str, device: torch.device, unet_config: dict[str, Any] | None = None
+) -> torch.dtype:
+    """ "auto" on the CPU depends on the UNet; without its configuration it is a small one."""
     if dtype != "auto":
         return getattr(torch, dtype)
+    if device.type == "cpu" and unet_config is not None:
+        return processor.dtype_for(unet_config)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
     return torch.float32

@@ -6,6 +6,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from esd_fast.packed_weights import packed_weights, why_not_dtype
+
 aten = torch.ops.aten
 ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
 ATTENTION_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -123,6 +125,23 @@ def test_every_call_can_be_replayed(module, pictures):
         for result in results if isinstance(results, (tuple, list)) else [results]:
             if isinstance(result, torch.Tensor) and result.dtype.is_floating_point:
                 assert result.isfinite().all(), call
+
+
+@pytest.mark.skipif(bool(why_not_dtype(torch.float32)), reason="no oneDNN")
+def test_packed_calls_are_counted_and_replayed():
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.Conv2d(8, 8, 3))
+    pixels = torch.randn(2, 3, 6, 6)
+    plain = floor.record(lambda: layers(pixels.requires_grad_()).sum().backward())
+    layers.requires_grad_(False)
+    frozen = floor.record(lambda: layers(pixels.requires_grad_()).sum().backward())
+    with packed_weights(layers):
+        ours = floor.record(lambda: layers(pixels.requires_grad_()).sum().backward())
+    assert frozen.flops < plain.flops  # no gradient of the weights
+    # the gradient of the input counts the pixels at the border that a convolution pads
+    assert frozen.flops <= ours.flops < 1.5 * frozen.flops
+    for call in ours.calls:
+        assert call.prepared()().isfinite().all()
 
 
 @pytest.mark.parametrize(

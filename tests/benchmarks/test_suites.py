@@ -8,7 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from measure import Settings
 from rows import Row
-from suites import kernels, step
+from suites import cpu, kernels, step
 
 from esd_fast import ops
 from esd_fast.graphs import Twin
@@ -125,6 +125,32 @@ def test_guided_steps_are_the_same(family):
     assert replayed.note == "CUDA graphs: yes (1 captured, 3 steps replayed)"
 
 
+@pytest.mark.skipif(not step.packed_on(job("sd1")), reason="no oneDNN")
+def test_packed_steps_are_the_same():
+    work = step.work_on(step.built(job("sd1")), job("sd1"))
+    guided = [step.STEPS["guided step"][name](work) for name in ("packed", "eager")]
+    for _ in range(3):
+        ours, eager = (one() for one in guided)
+        assert close(ours, eager, 1e-4)
+    packed, plain = (step.STEPS["fit step"][name](work)() for name in ("packed", "esd_fast"))
+    assert packed.loss == pytest.approx(plain.loss, rel=1e-5)
+    # what is counted is the same arithmetic, wherever it runs
+    flops = [floor.record(one).flops for one in guided]
+    keys_and_values = flops[1] - flops[0]  # kept from the first step
+    assert 0 < keys_and_values < 0.1 * flops[1]
+
+
+@pytest.mark.slow
+def test_cpu_quick(monkeypatch):
+    monkeypatch.setattr(cpu, "CONTESTANTS", cpu.CONTESTANTS[1::3])
+    monkeypatch.setattr(step, "available_memory", lambda: 0)  # quick asks nothing
+    rows = list(cpu.run(QUICK))
+    sane(rows)
+    assert [r.contestant for r in rows] == ["eager", "packed, pages kept", "floor"] * 2
+    assert all("s of processor time" in r.note for r in rows if r.contestant != "floor")
+    assert len(draw(cpu, rows).axes) == 2
+
+
 @pytest.mark.parametrize("family", step.FAMILIES)
 def test_fit_steps_are_the_same(family):
     unet = step.built(job(family))
@@ -185,7 +211,8 @@ def test_full_size_is_the_published_size(family, pixels, parameters, trained, pr
 def test_step_quick():
     rows = list(step.run(QUICK))
     sane(rows)
-    assert len(rows) == len(step.FAMILIES) * len(step.STEPS) * 4
+    contestants = 4 + len(step.packed_on(job("sd1")))
+    assert len(rows) == len(step.FAMILIES) * len(step.STEPS) * contestants
     graphs = [r for r in rows if r.contestant == "graphs"]
     assert {(r.seconds, r.note) for r in graphs} == {(None, "n/a: CUDA graphs on cpu")}
     for kind in step.STEPS:

@@ -1,0 +1,49 @@
+"""keep_pages: freed memory is used again without page faults; elsewhere nothing happens."""
+
+import ctypes
+
+import pytest
+
+import esd_fast
+from esd_fast import pages
+
+# 64 MiB, touched, freed and taken again, in a process of its own: the setting is for life
+SCRIPT = """
+import resource, torch, esd_fast
+{call}
+def faults():
+    torch.ones(2 ** 24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+first = faults()
+print(faults() - first)
+"""
+
+
+@pytest.mark.skipif(pages.c_function("mallopt") is None, reason="no glibc")
+@pytest.mark.parametrize("call", ["", "assert esd_fast.keep_pages()"])
+def test_pages_stay(run_python, call: str) -> None:
+    import resource
+
+    again = int(run_python("-c", SCRIPT.format(call=call)))
+    whole = 2**26 // resource.getpagesize()
+    assert again < whole / 100 if call else again > whole / 2
+
+
+@pytest.mark.skipif(pages.c_function("malloc_trim") is None, reason="no glibc")
+def test_pages_go_back(run_python) -> None:
+    script = """
+import torch, esd_fast
+from esd_fast.commands.console import resident_bytes
+esd_fast.keep_pages()
+torch.ones(2 ** 24)
+held = resident_bytes("VmRSS")
+assert esd_fast.give_back_pages()
+print(held - resident_bytes("VmRSS"))
+"""
+    assert int(run_python("-c", script)) > 2**25
+
+
+def test_another_c_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
+    assert not esd_fast.keep_pages()
+    assert not esd_fast.give_back_pages()
