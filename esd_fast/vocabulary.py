@@ -57,9 +57,10 @@ def second_moment(model: Model, words: Sequence[str], resolution: int) -> torch.
     """C (D, D) float32 on the CPU: mean of e e^T over all places of the empty prompt and of each
     word as a prompt, padding included, since attention reads it too."""
     prompts = ["", *words]
-    # on the CPU encoding is not to be a run's peak of memory; elsewhere each call of `encode` may
+    # on the CPU the shapes of a batch of its own would stay in oneDNN's caches, a megabyte for a
+    # small encoder; elsewhere each call of `encode` may
     # bring the text encoder to the device and back
-    at_once = 4 if model.device.type == "cpu" else 64
+    at_once = 1 if model.device.type == "cpu" else 64
     total, count = torch.zeros(()), 0
     for first in range(0, len(prompts), at_once):
         batch = prompts[first : first + at_once]
