@@ -26,9 +26,12 @@ if TYPE_CHECKING:
 
 CONFIGS = Path(__file__).parent / "configs"
 UNET, EMA = "model.diffusion_model.", "model_ema."
-OPEN_CLIP = ("cond_stage_model.model.", "conditioner.embedders.1.model.")
-# in files without consequence: counters, buffers that are computed, what only training needed
-UNUSED = ("position_ids", "logit_scale", "text_projection", "attn_mask", "num_batches_tracked")
+VAE = "first_stage_model."
+OPEN_CLIP = {
+    "text_encoder": "cond_stage_model.model.",
+    "text_encoder_2": "conditioner.embedders.1.model.",
+}
+UNUSED = ("position_ids",)  # a buffer that is computed
 
 
 @dataclass(frozen=True)
@@ -164,9 +167,9 @@ class Blank:
         """Give each component its weights."""
         for name, own in self.converted(tensors):
             model = self.models[name]
-            wanted = model.state_dict().keys()
-            model.load_state_dict({n: own[n] for n in wanted}, strict=True, assign=True)
-            model.to(dtype).eval()
+            weights = {n: own[n].to(dtype) for n in model.state_dict()}
+            model.load_state_dict(weights, strict=True, assign=True)
+            model.eval()
 
     def converted(
         self, tensors: dict[str, torch.Tensor]
@@ -180,7 +183,7 @@ class Blank:
                 own = {n: t for n, t in tensors.items() if n.startswith(UNET)}
                 yield name, converters.convert_ldm_unet_checkpoint(own, self.configs[name])
             elif name == "vae":
-                own = {n: t for n, t in tensors.items() if n.startswith("first_stage_model.")}
+                own = {n: t for n, t in tensors.items() if n.startswith(VAE)}
                 yield name, converters.convert_ldm_vae_checkpoint(own, self.configs[name])
             else:
                 yield name, converted_text_encoder(name, model, tensors)
@@ -191,10 +194,8 @@ def converted_text_encoder(
 ) -> dict[str, torch.Tensor]:
     from diffusers.loaders import single_file_utils as converters
 
-    prefix = OPEN_CLIP[name == "text_encoder_2"]
-    if any(n.startswith(prefix) for n in tensors) and not any(
-        n.startswith("conditioner.embedders.0.") and name == "text_encoder" for n in tensors
-    ):
+    prefix = OPEN_CLIP[name]
+    if any(n.startswith(prefix) for n in tensors):
         made = converters.convert_open_clip_checkpoint(model, tensors, prefix=prefix)
     else:
         made = converters.convert_ldm_clip_checkpoint(tensors)
