@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import shutil
 import socket
 import sys
@@ -107,13 +106,14 @@ def test_bin_weights_of_a_folder(folder: Path) -> None:
     assert all(torch.equal(v, text[n]) for n, v in model.pipeline.text_encoder.state_dict().items())
 
 
+@pytest.mark.usefixtures("no_weights")
 @pytest.mark.parametrize("component", ["unet", "text_encoder"])
 def test_pickled_objects_of_a_folder_do_not_run(
     component: str, folder: Path, tmp_path: Path
 ) -> None:
     (file,) = (folder / component).glob("*.safetensors")
     as_bin(file, extra=Loud(tmp_path / "ran"))
-    with pytest.raises((OSError, ValueError, pickle.UnpicklingError)):
+    with pytest.raises(ValueError, match=rf"{component}/.*\.bin holds a pickled object .*mkdir"):
         load_model(folder, EraseConfig(concept="cat", allow_pickle=True))
     assert not (tmp_path / "ran").exists()
 

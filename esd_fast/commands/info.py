@@ -25,7 +25,7 @@ def about(path: str | None, model: str | None, loading: Loading) -> dict[str, An
         raise ValueError(f"both {path!r} and --model {model!r} are given; ask about one at a time")
     if path is None:
         return about_machine() if model is None else about_model(model, loading)
-    if (Path(path) / "model_index.json").exists():
+    if is_model(Path(path)):
         return about_model(path, loading)
     from esd_fast.erasure import load
 
@@ -33,6 +33,15 @@ def about(path: str | None, model: str | None, loading: Loading) -> dict[str, An
     weights = sum(t.numel() for t in erasure.tensors.values())
     told = {k: v for k, v in erasure.manifest.items() if k != "losses"}
     return {**told, "tensors": len(erasure.tensors), "weights": weights}
+
+
+def is_model(path: Path) -> bool:
+    """Whether it is a model rather than an erasure or the folder of a run."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return (path / "model_index.json").exists() or path.suffix in (".ckpt", ".pt", ".pth")
+    from esd_fast.models.checkpoint import open_safetensors
+
+    return any(name.startswith("model.diffusion_model.") for name in open_safetensors(path).tensors)
 
 
 def about_machine() -> dict[str, Any]:

@@ -74,8 +74,8 @@ def unpickled(path: Path, allow_pickle: bool) -> Any:
         if refused:
             raise ValueError(
                 f"{path} holds a pickled object beside its weights ({refused}), and reading one "
-                "can run any code; if you trust where the file is from, --allow-pickle "
-                "(allow_pickle=True) reads it; a .safetensors version needs no trust"
+                "can run any code; a .safetensors version needs no trust; if you trust where this "
+                "one is from, --allow-pickle (allow_pickle=True) reads it, as a single file"
             ) from None
         raise ValueError(f"{path} is no whole checkpoint of tensors") from None
     except Exception as error:  # noqa: BLE001  torch has no error of its own for a damaged file

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .base import Described, Family
+from .checkpoint import unpickled
 from .families import family_of
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ class Folder:
     loading: Loading
 
     def load(self, dtype: torch.dtype) -> Any:
-        """The family's pipeline, on the CPU. Safetensors where there are any; .bin files are read
-        as tensors alone (torch.load with weights_only), so a pickled object in one is an error."""
+        """The family's pipeline, on the CPU. Safetensors where there are any; diffusers and
+        transformers read .bin files as tensors alone (torch.load with weights_only)."""
         import diffusers
 
         pipeline = getattr(diffusers, self.family.pipeline_class).from_pretrained(
@@ -103,6 +104,11 @@ def check_folder(path: Path, variant: str | None) -> None:
     for name, value in components.items():
         if name.startswith("tokenizer") and isinstance(value, list) and value[0]:
             check_tokenizer_files(path / name)
+        if not any((path / name).glob("*.safetensors")):
+            for file in (path / name).glob("*.bin"):
+                unpickled(
+                    file, allow_pickle=False
+                )  # maps it; diffusers would not say what is wrong
 
 
 def variants_of(folder: Path) -> Iterator[str | None]:

@@ -31,6 +31,12 @@ OPEN_CLIP = {
     "text_encoder": "cond_stage_model.model.",
     "text_encoder_2": "conditioner.embedders.1.model.",
 }
+# Noise levels of a model that was trained down to pure noise, as diffusers documents them
+ZERO_SNR = {
+    "_class_name": "DDIMScheduler",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+}
 UNUSED = ("position_ids",)  # a buffer that is computed
 
 
@@ -60,8 +66,10 @@ class SingleFile:
         for name in ("tokenizer", "tokenizer_2"):
             if parts.get(name, (None,))[0]:
                 components[name] = tokenizer_for(self.configs, name)
-        kind = getattr(diffusers, parts["scheduler"][1])
-        components["scheduler"] = kind.from_config(dict(self.described.scheduler))
+        scheduler = dict(self.described.scheduler)
+        components["scheduler"] = getattr(diffusers, scheduler["_class_name"]).from_config(
+            scheduler
+        )
         pipeline_class = getattr(diffusers, self.family.pipeline_class)
         pipeline = pipeline_class(**{**settings, **components, **self.family.load_options})
         if self.described.prediction_type is None:
@@ -99,7 +107,7 @@ def look_at_file(path: Path, loading: Loading) -> SingleFile:
         "scheduler", prediction_type=prediction_type(checkpoint, family, described, loading)
     )
     if has_zero_snr(checkpoint):
-        described = described.changed("scheduler", rescale_betas_zero_snr=True)
+        described = described.changed("scheduler", **ZERO_SNR)
     size = family.sample_sizes.get(described.prediction_type or "")
     if loading.model_config is None and size is not None:
         described = described.changed("unet", sample_size=size)
