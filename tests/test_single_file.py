@@ -394,7 +394,7 @@ def test_2x_file_that_does_not_say_is_asked(
     small = tmp_path / "configs" / "sd2"
     shutil.copytree(folders["sd2"], small)
     monkeypatch.setattr("esd_fast.models.single_file.CONFIGS", small.parent)
-    monkeypatch.setattr("esd_fast.models.single_file.asked", lambda *_: kind)
+    monkeypatch.setattr("esd_fast.models.prediction.asked", lambda *_: kind)
     pipe = DiffusionPipeline.from_pretrained(small, dtype=torch.float32)
     file = write(original(pipe), tmp_path / "model.safetensors")
     assert look_at(str(file), Loading()).described.prediction_type is None
@@ -424,6 +424,8 @@ def test_velocity_is_told_from_noise() -> None:
     null = Conditioning(torch.zeros(1, 77, 8))
     assert asked(Answers(1.0), null) == "epsilon"
     assert asked(Answers(0.068), null) == "v_prediction"  # alpha of the last timestep
+    with pytest.raises(ValueError, match=r"not finite in float32.*prediction_type"):
+        asked(Answers(float("nan")), null)
 
 
 # ------------------------------------------------------------------------------------------- command line

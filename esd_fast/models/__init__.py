@@ -13,6 +13,7 @@ from .base import Conditioning, Described, Family, Model, PromptSet
 from .checkpoint import SUFFIXES
 from .families import FAMILIES, family_of
 from .folder import Folder, look_at_folder
+from .prediction import settle
 from .single_file import CONFIGS, SingleFile, look_at_file
 from .tokenizer import check_vocabulary
 
@@ -54,6 +55,8 @@ def load_model(model: Any, config: EraseConfig) -> Model:
     check_vocabulary(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.unet.to(device)  # the VAE stays behind: no picture is decoded in training
+    if found.described.prediction_type is None:
+        settle(found.family, pipeline)
     source = "embedded" if is_embedded(found.source) else found.source
     return Model(found.family, pipeline, source, False)
 

@@ -9,7 +9,7 @@ import torch
 
 from esd_fast.collect import predict_noise
 
-from .base import Conditioning
+from .base import Conditioning, Family
 from .checkpoint import Checkpoint
 
 EPSILON, VELOCITY = "epsilon", "v_prediction"
@@ -42,11 +42,20 @@ def has_zero_snr(checkpoint: Checkpoint) -> bool:
     )
 
 
+def settle(family: Family, pipeline: Any) -> None:
+    """Let the UNet show what it predicts, and take the published model's settings for it."""
+    found = asked(pipeline.unet, family.encode(pipeline, "", max(family.sample_sizes.values()) * 8))
+    pipeline.scheduler = pipeline.scheduler.from_config(
+        pipeline.scheduler.config, prediction_type=found
+    )
+    pipeline.unet.register_to_config(sample_size=family.sample_sizes[found])
+
+
 @torch.no_grad()
 def asked(unet: Any, null: Conditioning) -> str:
     """What the UNet itself shows on pure noise x at the last timestep, where x is all but the
     noise: a noise predictor gives x back, v = alpha * noise - sigma * picture is next to free of
-    it. `null`: the empty prompt."""
+    it. `null`: the empty prompt. Raises ValueError where the answer is not finite."""
     weight = next(unet.parameters())
     side = min(int(unet.config.sample_size), 32)
     shape = (1, unet.config.in_channels, side, side)
@@ -54,4 +63,9 @@ def asked(unet: Any, null: Conditioning) -> str:
     last = torch.tensor(999, device=weight.device)
     answer = predict_noise(unet, noise.to(weight), last, null)
     likeness = torch.corrcoef(torch.stack([answer.float().cpu().flatten(), noise.flatten()]))[0, 1]
+    if not likeness.isfinite():
+        raise ValueError(
+            f"the UNet's answer to noise is not finite in {str(weight.dtype).removeprefix('torch.')}"
+            ", so it does not show what it predicts; say so: prediction_type"
+        )
     return EPSILON if likeness > 0.5 else VELOCITY

@@ -97,9 +97,9 @@ def refuse_by_keys(tensors: Mapping[str, Any]) -> None:
         )
     if "model.diffusion_model.time_embed.cond_proj.weight" in names:
         raise ValueError(DISTILLED)
-    if "model.diffusion_model.input_blocks.0.0.weight" in names:
-        taken = tensors["model.diffusion_model.input_blocks.0.0.weight"].shape[1]
-        refuse_channels(taken, 4)
+    first = tensors.get("model.diffusion_model.input_blocks.0.0.weight")
+    if first is not None and len(first.shape) == 4:
+        refuse_channels(first.shape[1], 4)
     if has(names, "conditioner.embedders.0.model."):
         raise ValueError(f"the file holds {REFINER}")
 

@@ -18,7 +18,7 @@ from .base import Described, Family
 from .checkpoint import Checkpoint, open_checkpoint
 from .families import family_of, family_of_file
 from .folder import described_at
-from .prediction import asked, declared, has_zero_snr
+from .prediction import declared, has_zero_snr
 from .tokenizer import tokenizer_for
 
 if TYPE_CHECKING:
@@ -71,19 +71,7 @@ class SingleFile:
             scheduler
         )
         pipeline_class = getattr(diffusers, self.family.pipeline_class)
-        pipeline = pipeline_class(**{**settings, **components, **self.family.load_options})
-        if self.described.prediction_type is None:
-            self.ask(pipeline)
-        return pipeline
-
-    def ask(self, pipeline: Any) -> None:
-        """Let the UNet show what it predicts, and take the published model's settings for it."""
-        null = self.family.encode(pipeline, "", self.described.native_resolution)
-        found = asked(pipeline.unet, null)
-        pipeline.scheduler = pipeline.scheduler.from_config(
-            pipeline.scheduler.config, prediction_type=found
-        )
-        pipeline.unet.register_to_config(sample_size=self.family.sample_sizes[found])
+        return pipeline_class(**{**settings, **components, **self.family.load_options})
 
 
 def look_at_file(path: Path, loading: Loading) -> SingleFile:
