@@ -382,7 +382,7 @@ def test_prediction_type_of_files(folders: dict[str, Path], tmp_path: Path) -> N
 
 def test_a_trained_noise_predictor_shows_what_it_is() -> None:
     model = load_model(None, EraseConfig("cat", device="cpu"))
-    null = model.family.encode(model.pipeline, "", 128)
+    null = model.family.encode(model.pipeline, "", 64)
     assert asked(model.unet, null) == "epsilon"
 
 
