@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from . import __version__
@@ -59,7 +60,7 @@ def add_train(commands: Any) -> None:
     say = train.add_argument
     say("--concept", required=True, help='what to erase, such as "cat" or "Van Gogh"')
     say("--erase-from", metavar="PROMPT", help="erase the concept from this wider prompt only")
-    say("--model", metavar="MODEL", help="a diffusers folder or hub id (default: embedded)")
+    add_loading(say, "a diffusers folder, checkpoint file or hub id (default: embedded)")
     say("--output", metavar="FOLDER", help="where results go (default: erased-CONCEPT)")
     say("--overwrite", action="store_true", help="replace the results of an earlier run there")
     say("--preset", choices=list(PRESETS), default="fast", help="recipe (default: fast)")
@@ -89,13 +90,37 @@ def add_train(commands: Any) -> None:
     say("--pictures", type=int, metavar="N", help="columns of the before/after grid; 0: none")
 
 
+def add_loading(say: Callable[..., Any], models: str, required: bool = False) -> None:
+    """What a model is and how it is read."""
+    say("--model", metavar="MODEL", required=required, help=models)
+    say("--variant", metavar="NAME", help="weight files of a diffusers folder, such as fp16")
+    say("--ema", choices=CHOICES["ema"], help="of a file that holds both: the averaged weights")
+    say(
+        "--allow-pickle",
+        action="store_true",
+        default=None,
+        help="read pickled objects in a .ckpt; they can run any code",
+    )
+    say(
+        "--prediction-type",
+        choices=CHOICES["prediction_type"],
+        help="of the UNet (default: what the model says or shows)",
+    )
+    say(
+        "--config",
+        dest="model_config",
+        metavar="FOLDER",
+        help="configurations of a single file's components (default: the family's)",
+    )
+
+
 def add_generate(commands: Any) -> None:
     generate = commands.add_parser("generate", help="draw pictures, before and after an erasure")
     generate.set_defaults(run=run_generate)
     say = generate.add_argument
     say("--prompt", action="append", required=True, help="repeatable")
     say("--erasure", metavar="PATH", help="a delta file or the folder of a run: drawn beside")
-    say("--model", metavar="MODEL", help="a diffusers folder or hub id (default: embedded)")
+    add_loading(say, "a diffusers folder, checkpoint file or hub id (default: embedded)")
     say("--output", metavar="FOLDER", default="pictures", help="default: pictures")
     say("--images", type=int, default=4, metavar="N", help="pictures a prompt (default: 4)")
     say("--seed", type=int, default=0, metavar="N", help="of the first picture (default: 0)")
@@ -110,7 +135,10 @@ def add_generate(commands: Any) -> None:
 def add_info(commands: Any) -> None:
     info = commands.add_parser("info", help="what an erasure is, what a model is, what runs here")
     info.set_defaults(run=run_info)
-    info.add_argument("path", nargs="?", help="a delta file, the folder of a run, or a model")
+    info.add_argument(
+        "path", nargs="?", help="a delta file, the folder of a run, or a diffusers folder"
+    )
+    add_loading(info.add_argument, "a diffusers folder, checkpoint file or hub id")
     info.add_argument("--json", action="store_true", help="as JSON")
 
 
@@ -123,7 +151,7 @@ def add_plan(commands: Any) -> None:
     )
     plan.set_defaults(run=run_plan)
     say = plan.add_argument
-    say("--model", metavar="MODEL", required=True, help="sd1, sd2, sdxl, a folder or a hub id")
+    add_loading(say, "sd1, sd2, sdxl, a diffusers folder, checkpoint file or hub id", required=True)
     say("--method", dest="train_method", default="esd-x", metavar="METHOD", help="default: esd-x")
     say("--resolution", type=int, metavar="PIXELS", help="default: the model's own")
     say("--batch-size", type=int, default=1, metavar="N", help="samples a step (default: 1)")

@@ -145,7 +145,9 @@ def test_generate_draws_both_sides_with_metadata(tmp_path):
 
 def test_info_names_family_and_sizes():
     told = json.loads(esd_fast("info", model_path(), "--json").stdout)
-    assert told["family"] == "sd"
+    assert (told["family"], told["prediction_type"]) == ("sd1", "epsilon")
+    assert told["native_resolution"] == 64
+    assert json.loads(esd_fast("info", "--model", model_path(), "--json").stdout) == told
     assert (
         told["methods"]["esd-x"].endswith("in 35 tensors") or "tensors" in told["methods"]["esd-x"]
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from esd_fast.pages import keep_pages
 from esd_fast.prompts import clean_prompt, safe_name
 
 from .console import Bars, quiet_libraries
+from .loading import loading_of
 
 if TYPE_CHECKING:
     from esd_fast.generate import Shot
@@ -31,6 +33,7 @@ def generate(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         device=arguments.device,
         resolution=arguments.resolution,
+        **dataclasses.asdict(loading_of(arguments)),
     )
     keep_pages()
     quiet_libraries()

@@ -38,6 +38,7 @@ def train(arguments: argparse.Namespace) -> int:
     from esd_fast.models import load_model
 
     model = load_model(arguments.model, config)
+    config = config.with_recipe(model.family)
     loaded = time.time() - started
     columns = columns_of(arguments.pictures, model)
     proof = proof_for(model, config, columns, arguments.keep_prompt or KEEP_PROMPTS)
