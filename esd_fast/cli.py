@@ -90,21 +90,67 @@ def add_train(commands: Any) -> None:
 
 
 def add_generate(commands: Any) -> None:
-    generate = commands.add_parser("generate", help="draw pictures, before and after an erasure")
+    generate = commands.add_parser(
+        "generate",
+        help="draw pictures, before and after an erasure",
+        description="Draw prompts with the model and with each erasure, from the same noise: a "
+        "folder of pictures each, and a grid that has them side by side. Pictures that are there "
+        "already are not drawn again. The options of the reference's script (names_like_this) "
+        "are accepted.",
+    )
     generate.set_defaults(run=run_generate)
+    what = generate.add_mutually_exclusive_group(required=True).add_argument
+    what("--prompt", action="append", metavar="PROMPT", help="repeatable")
+    what("--prompts", "--prompts_path", metavar="FILE", help="a prompt a line, or the CSV below")
     say = generate.add_argument
-    say("--prompt", action="append", required=True, help="repeatable")
-    say("--erasure", metavar="PATH", help="a delta file or the folder of a run: drawn beside")
-    say("--model", metavar="MODEL", help="a diffusers folder or hub id (default: embedded)")
-    say("--output", metavar="FOLDER", default="pictures", help="default: pictures")
-    say("--images", type=int, default=4, metavar="N", help="pictures a prompt (default: 4)")
-    say("--seed", type=int, default=0, metavar="N", help="of the first picture (default: 0)")
-    say("--num-inference-steps", type=int, default=25, metavar="N", help="default: 25")
-    say("--guidance-scale", type=float, metavar="X", help="default: 4 (embedded), else 7.5")
-    say("--resolution", type=int, metavar="PIXELS", help="default: the model's own")
-    say("--strength", type=float, default=1.0, metavar="X", help="of the erasure (default: 1)")
+    say(
+        "--erasure",
+        "--esd_path",
+        action="append",
+        metavar="PATH",
+        help="a delta file or the folder of a run: drawn beside; repeatable",
+    )
+    say(
+        "--model",
+        "--base_model",
+        metavar="MODEL",
+        help="a diffusers folder or hub id (default: embedded)",
+    )
+    say("--output", "--save_path", metavar="FOLDER", default="pictures", help="default: pictures")
+    say("--overwrite", action="store_true", help="replace other pictures of the same names")
+    say(
+        "--images", "--num_samples", type=int, metavar="N", help="a prompt (default: 4; of a CSV 1)"
+    )
+    say("--seed", type=int, default=0, metavar="N", help="where the CSV says none (default: 0)")
+    say("--from-case", "--from_case", type=int, metavar="N", help="of a CSV, this case_number on")
+    say("--till-case", "--till_case", type=int, metavar="N", help="of a CSV, up to and with this")
+    say(
+        "--num-inference-steps",
+        "--num_inference_steps",
+        "--ddim_steps",
+        type=int,
+        default=25,
+        metavar="N",
+        help="default: 25",
+    )
+    say(
+        "--guidance-scale",
+        "--guidance_scale",
+        type=float,
+        metavar="X",
+        help="default: 4 (embedded), else 7.5",
+    )
+    say("--resolution", "--image_size", type=int, metavar="PIXELS", help="default: the model's own")
+    say("--batch-size", type=int, metavar="N", help="at a time (default: 64 (embedded), else 1)")
+    say("--strength", type=float, default=1.0, metavar="X", help="of the erasures (default: 1)")
+    say("--no-grid", action="store_true", help="single files alone")
     say("--dtype", choices=CHOICES["dtype"], default="auto")
     say("--device", default="auto", metavar="DEVICE")
+    generate.epilog = (
+        "A CSV has a column `prompt`, and may have `evaluation_seed` and `case_number`; its "
+        "pictures are called CASE_SAMPLE.png, and samples start from the noises that the "
+        "reference's script draws. Further columns go into the pictures' metadata."
+    )
 
 
 def add_info(commands: Any) -> None:

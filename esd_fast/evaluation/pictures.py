@@ -1,4 +1,4 @@
-"""Pictures of a run: before/after grids, contact sheets, the loss curve. Pillow and numpy only."""
+"""Pictures of a run: grids, the loss curve, PNG files. Pillow and numpy only."""
 
 from __future__ import annotations
 
@@ -179,39 +179,6 @@ def _row_label(
     for line in kind:
         colour = KIND_COLOURS.get(note, MUTED)
         draw.text((x, top + len(lines) * step + layout.px(1)), line, fill=colour, font=small)
-
-
-# --- contact sheet -----------------------------------------------------------------------------
-
-
-def contact_sheet(
-    images: Sequence[Image.Image], labels: Sequence[str], columns: int
-) -> Image.Image:
-    """Pictures in reading order, `columns` a row, each with its label below it."""
-    if columns < 1:
-        raise ValueError(f"columns={columns!r}: a contact sheet needs at least 1")
-    if len(images) != len(labels):
-        raise ValueError(
-            f"{len(images)} images with {len(labels)} labels: give one label a picture"
-        )
-    if not images:
-        return _notice("", "no pictures")
-    tiles = [tile(image) for image in images]
-    cell = max(t.width for t in tiles), max(t.height for t in tiles)
-    columns = min(columns, len(tiles))
-    gap, caption, margin = 8, 26, 12
-    pitch_x, pitch_y = cell[0] + gap, cell[1] + caption + gap
-    rows = math.ceil(len(tiles) / columns)
-    size = columns * pitch_x - gap + 2 * margin, rows * pitch_y - gap + 2 * margin
-    canvas = Image.new("RGB", size, WHITE)
-    draw, font = ImageDraw.Draw(canvas), _font(14)
-    for index, (picture, label) in enumerate(zip(tiles, labels, strict=True)):
-        x, y = margin + index % columns * pitch_x, margin + index // columns * pitch_y
-        _paste(canvas, picture, (x, y), cell)
-        for line in wrap(label, font, cell[0], 1):
-            left = x + (cell[0] - font.getlength(line)) / 2
-            draw.text((left, y + cell[1] + 4), line, fill=INK, font=font)
-    return canvas
 
 
 # --- loss curve --------------------------------------------------------------------------------
@@ -405,12 +372,32 @@ def save_png(
             raise ValueError(
                 f"metadata key {key!r}: PNG keys are 1 to 79 printable ASCII characters"
             )
-        # PNG text ends at NUL, and UTF-8 has no lone surrogates; all else is kept as it is
-        chunks.add_text(key, value.replace("\0", "").encode("utf-8", "replace").decode("utf-8"))
+        chunks.add_text(key, png_text(value))
     data = io.BytesIO()
     image.save(data, format="PNG", optimize=True, pnginfo=chunks)
     return write_atomically(path, data.getvalue())
 
+
+def png_text(text: str) -> str:
+    """As a PNG holds it: text ends at NUL, and UTF-8 has no lone surrogates; all else is kept."""
+    return text.replace("\0", "").encode("utf-8", "replace").decode("utf-8")
+
+
+def read_png_text(path: Path) -> dict[str, str] | None:
+    """The metadata that `save_png` wrote; None where there is no whole PNG."""
+    try:
+        with path.open("rb") as file:
+            file.seek(-len(PNG_END), io.SEEK_END)
+            if file.read() != PNG_END:
+                return None
+        # .info has what stands before the pixels; .text would decode them to look behind
+        with Image.open(path, formats=("PNG",)) as image:
+            return {str(k): v for k, v in image.info.items() if isinstance(v, str)}
+    except (OSError, ValueError, SyntaxError):  # what Pillow raises for a damaged file
+        return None
+
+
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 # --- tiles -------------------------------------------------------------------------------------
 
