@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     add_train(commands)
     add_generate(commands)
+    add_verify(commands)
     add_info(commands)
     add_plan(commands)
     for command in commands.choices.values():
@@ -153,6 +154,40 @@ def add_generate(commands: Any) -> None:
     )
 
 
+def add_verify(commands: Any) -> None:
+    verify = commands.add_parser(
+        "verify",
+        help="does an erasure belong to a model, and does it change its pictures?",
+        description="Look at an erasure on a model: names and shapes, the weights that it was "
+        "trained on, its values, how far it moves the weights, and pictures from the same noise "
+        "with and without it. Exit code 0: fine; 1: not, and the reason is said.",
+    )
+    verify.set_defaults(run=run_verify)
+    verify.add_argument("file", metavar="FILE", help="a delta file or the folder of a run")
+    say = verify.add_argument
+    say("--model", metavar="MODEL", help="a diffusers folder or hub id (default: embedded)")
+    say(
+        "--allow-other-base",
+        action="store_true",
+        help="weights that it was not trained on are fine",
+    )
+    say("--prompt", action="append", metavar="PROMPT", help="repeatable (default: the concept)")
+    say(
+        "--images",
+        type=int,
+        metavar="N",
+        help="a prompt (default: 2; embedded: 16 in all); 0: none",
+    )
+    say("--seed", type=int, default=0, metavar="N", help="of the first picture (default: 0)")
+    say("--num-inference-steps", type=int, default=15, metavar="N", help="default: 15")
+    say("--guidance-scale", type=float, metavar="X", help="default: 4 (embedded), else 7.5")
+    say("--resolution", type=int, metavar="PIXELS", help="default: the model's own")
+    say("--batch-size", type=int, metavar="N", help="at a time (default: 64 (embedded), else 1)")
+    say("--json", action="store_true", help="as JSON, with every layer")
+    say("--dtype", choices=CHOICES["dtype"], default="auto")
+    say("--device", default="auto", metavar="DEVICE")
+
+
 def add_info(commands: Any) -> None:
     info = commands.add_parser("info", help="what an erasure is, what a model is, what runs here")
     info.set_defaults(run=run_info)
@@ -189,6 +224,12 @@ def run_generate(arguments: argparse.Namespace) -> int:
     from .commands.generate import generate
 
     return generate(arguments)
+
+
+def run_verify(arguments: argparse.Namespace) -> int:
+    from .commands.verify import verify
+
+    return verify(arguments)
 
 
 def run_info(arguments: argparse.Namespace) -> int:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esd_fast.config import EraseConfig, check_count, check_number, refuse
+from esd_fast.config import EraseConfig, check_count, check_number
 from esd_fast.pages import keep_pages
 from esd_fast.prompt_list import Case, read_prompts
 from esd_fast.prompts import clean_prompt
 
 from .console import Bars, quiet_libraries
+from .drawing import check_drawing, drawing_settings
 
 if TYPE_CHECKING:
     from esd_fast.erasure import Erasure
@@ -37,7 +38,7 @@ def generate(arguments: argparse.Namespace) -> int:
         check_match(erasure.tensors, parameters)
     rows = [row for row in rows_of(asked.cases, asked.images, arguments.seed) if asked.wants(row)]
     pipeline = model.pipeline.to(model.device)
-    settings = settings_of(arguments, model)
+    settings = drawing_settings(arguments, model)
     variants = variants_of(output, model, erasures, settings, arguments.strength)
     drawn, there = draw_all(pipeline, rows, variants, settings, arguments)
     print(f"{drawn} pictures drawn, {there} were there: {folders(variants)}")
@@ -60,14 +61,10 @@ class Asked:
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> Asked:
-        for name in ("images", "num_inference_steps", "batch_size"):
-            if (value := getattr(arguments, name)) is not None:
-                check_count(f"--{name.replace('_', '-')}", value)
+        check_drawing(arguments)
         check_number("--strength", arguments.strength)
-        if arguments.guidance_scale is not None:
-            check_number("--guidance-scale", arguments.guidance_scale)
-        if not 0 <= arguments.seed < 2**63:
-            refuse("--seed", arguments.seed, "from 0 and below 2**63")
+        if arguments.images is not None:
+            check_count("--images", arguments.images)
         cases = cases_of(arguments)
         numbered = cases[0].number is not None
         place = EraseConfig(
@@ -117,23 +114,6 @@ def output_folder(output: str) -> Path:
     trial.write_text("")
     trial.unlink(missing_ok=True)  # another process may draw into the same folder
     return folder
-
-
-def settings_of(arguments: argparse.Namespace, model: Model) -> dict[str, Any]:
-    """What `pictures` takes."""
-    from esd_fast.evaluation.proof import GUIDANCE_EMBEDDED, GUIDANCE_OTHERS
-
-    embedded = model.source == "embedded"
-    scale = arguments.guidance_scale
-    if scale is None:
-        scale = GUIDANCE_EMBEDDED if embedded else GUIDANCE_OTHERS
-    model.latent_shape(arguments.resolution)  # raises where the model cannot draw this size
-    return {
-        "num_inference_steps": arguments.num_inference_steps,
-        "guidance_scale": scale,
-        "resolution": arguments.resolution,
-        "batch_size": arguments.batch_size or (64 if embedded else 1),
-    }
 
 
 def variants_of(
