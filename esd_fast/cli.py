@@ -102,7 +102,9 @@ def add_generate(commands: Any) -> None:
     generate.set_defaults(run=run_generate)
     what = generate.add_mutually_exclusive_group(required=True).add_argument
     what("--prompt", action="append", metavar="PROMPT", help="repeatable")
-    what("--prompts", "--prompts_path", metavar="FILE", help="a prompt a line, or the CSV below")
+    what(
+        "--prompts", "--prompts_path", metavar="FILE", help="a prompt a line, or a CSV (see below)"
+    )
     say = generate.add_argument
     say(
         "--erasure",
@@ -122,7 +124,13 @@ def add_generate(commands: Any) -> None:
     say(
         "--images", "--num_samples", type=int, metavar="N", help="a prompt (default: 4; of a CSV 1)"
     )
-    say("--seed", type=int, default=0, metavar="N", help="where the CSV says none (default: 0)")
+    say(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of the first picture; of a CSV, where it says none (default: 0)",
+    )
     say("--from-case", "--from_case", type=int, metavar="N", help="of a CSV, this case_number on")
     say("--till-case", "--till_case", type=int, metavar="N", help="of a CSV, up to and with this")
     say(

@@ -203,13 +203,31 @@ def test_kinds_of_wrong_files(name: str, said: str) -> None:
 def test_the_published_families_are_told_apart(part: str) -> None:
     """From names and shapes alone, whatever the method trained."""
     titles = {"sd1": "Diffusion 1.x", "sd2": "Diffusion 2.x", "sdxl": "Diffusion XL"}
-    for name, shapes in known_unets():
+    known = dict(known_unets())
+    assert known.keys() == titles.keys()
+    for name, shapes in known.items():
         file = {n: torch.empty(s, device="meta") for n, s in shapes.items() if part in n}
         assert titles[name] in what_it_is_for(file)[0]
 
 
 def test_a_file_without_tensors() -> None:
     assert "holds no tensor" in problems(verified(Erasure({}, {})))["keys"]
+
+
+@pytest.mark.parametrize(
+    ("manifest", "drawn"),
+    [
+        ({"concept": "a cat", "erase_from": "an animal"}, ["a cat", "an animal"]),
+        ({"concept": "esd-Van_Gogh-from-Van_Gogh-esdx"}, ["Van Gogh"]),  # a file's bare name
+        ({"concept": "kelly"}, ["kelly"]),
+    ],
+)
+def test_what_is_drawn(manifest: dict[str, str], drawn: list[str]) -> None:
+    model = load_model(pipelines.pipeline(), EraseConfig(concept="x"))
+    shots = Look.of(model, Erasure({}, manifest), 2, 5, {}).shots
+    assert shots == tuple(Shot(text, seed) for text in drawn for seed in (5, 6))
+    asked = Look.of(model, Erasure({}, manifest), 1, 0, {}, ["a dog"]).shots
+    assert asked == (Shot("a dog", 0),)
 
 
 def test_a_file_that_was_cut(trained: Erasure) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from esd_fast.config import check_count, check_number, refuse
+from esd_fast.config import EraseConfig, check_count, check_number, refuse
 
 if TYPE_CHECKING:
     from esd_fast.models import Model
@@ -20,6 +20,16 @@ def check_drawing(arguments: argparse.Namespace) -> None:
         check_number("--guidance-scale", arguments.guidance_scale)
     if not 0 <= arguments.seed < 2**63:
         refuse("--seed", arguments.seed, "from 0 and below 2**63")
+
+
+def place_of(arguments: argparse.Namespace) -> EraseConfig:
+    """The settings that loading a model needs, checked by the rules that training uses."""
+    return EraseConfig(
+        concept="none",
+        dtype=arguments.dtype,
+        device=arguments.device,
+        resolution=arguments.resolution,
+    )
 
 
 def drawing_settings(arguments: argparse.Namespace, model: Model) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from esd_fast.prompt_list import Case, read_prompts
 from esd_fast.prompts import clean_prompt
 
 from .console import Bars, quiet_libraries
-from .drawing import check_drawing, drawing_settings
+from .drawing import check_drawing, drawing_settings, place_of
 
 if TYPE_CHECKING:
     from esd_fast.erasure import Erasure
@@ -27,15 +28,13 @@ def generate(arguments: argparse.Namespace) -> int:
     output = output_folder(arguments.output)
     keep_pages()
     quiet_libraries()
-    from esd_fast.erasure import check_match, load
+    from esd_fast.erasure import load
     from esd_fast.evaluation.gallery import rows_of, write_pages
     from esd_fast.models import load_model
 
     erasures = [(Path(p), load(p)) for p in arguments.erasure or []]
     model = load_model(arguments.model, asked.place)
-    parameters = dict(model.unet.named_parameters())
-    for _, erasure in erasures:
-        check_match(erasure.tensors, parameters)
+    check_erasures(erasures, model)
     rows = [row for row in rows_of(asked.cases, asked.images, arguments.seed) if asked.wants(row)]
     pipeline = model.pipeline.to(model.device)
     settings = drawing_settings(arguments, model)
@@ -57,7 +56,6 @@ class Asked:
     first: int | None
     last: int | None
     place: EraseConfig
-    """The settings that loading needs, checked by the rules that training uses."""
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> Asked:
@@ -67,14 +65,8 @@ class Asked:
             check_count("--images", arguments.images)
         cases = cases_of(arguments)
         numbered = cases[0].number is not None
-        place = EraseConfig(
-            concept=cases[0].prompt,
-            dtype=arguments.dtype,
-            device=arguments.device,
-            resolution=arguments.resolution,
-        )
         images = arguments.images or (1 if numbered else 4)
-        asked = cls(cases, images, arguments.from_case, arguments.till_case, place)
+        asked = cls(cases, images, arguments.from_case, arguments.till_case, place_of(arguments))
         asked.check_range(numbered)
         return asked
 
@@ -98,6 +90,23 @@ class Asked:
 
     def wants(self, row: PromptRow) -> bool:
         return self.holds(row.case)
+
+
+def check_erasures(erasures: list[tuple[Path, Erasure]], model: Model) -> None:
+    """Raises ValueError where one does not fit; says where one is of other weights."""
+    from esd_fast.erasure import check_match
+    from esd_fast.evaluation.verification import trained_on
+
+    parameters = dict(model.unet.named_parameters())
+    for path, erasure in erasures:
+        check_match(erasure.tensors, parameters)
+        weights = {n: p.detach() for n, p in parameters.items() if n in erasure.tensors}
+        if "base_fingerprint" in erasure.manifest and not trained_on(erasure, weights):
+            print(
+                f"note: {path} was trained on other weights than {model.source} holds; "
+                "esd-fast verify says more",
+                file=sys.stderr,
+            )
 
 
 def cases_of(arguments: argparse.Namespace) -> list[Case]:

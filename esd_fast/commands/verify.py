@@ -12,7 +12,7 @@ from esd_fast.config import EraseConfig, refuse
 from esd_fast.prompts import clean_prompt
 
 from .console import Bars, keep_pages, quiet_libraries
-from .drawing import check_drawing, drawing_settings
+from .drawing import check_drawing, drawing_settings, place_of
 
 if TYPE_CHECKING:
     from esd_fast.evaluation.verification import Verification
@@ -25,6 +25,7 @@ LAYERS_SHOWN = 5
 def verify(arguments: argparse.Namespace) -> int:
     """Exit code 0 where all is fine, else 1."""
     place = checked(arguments)
+    prompts = [clean_prompt("--prompt", prompt) for prompt in arguments.prompt or []]
     keep_pages()
     quiet_libraries()
     from esd_fast.erasure import load
@@ -46,7 +47,6 @@ def verify(arguments: argparse.Namespace) -> int:
         look = None
         if count:
             settings = drawing_settings(arguments, model)
-            prompts = arguments.prompt or []
             look = Look.of(model, erasure, count, arguments.seed, settings, prompts)
             model.pipeline.to(model.device)
         found = look_at(
@@ -69,14 +69,7 @@ def checked(arguments: argparse.Namespace) -> EraseConfig:
     if arguments.images is not None and arguments.images < 0:
         refuse("--images", arguments.images, "a whole number from 0 (no pictures)")
     check_drawing(arguments)
-    for prompt in arguments.prompt or []:
-        clean_prompt("--prompt", prompt)
-    return EraseConfig(
-        concept="none",
-        dtype=arguments.dtype,
-        device=arguments.device,
-        resolution=arguments.resolution,
-    )
+    return place_of(arguments)
 
 
 def images_of(arguments: argparse.Namespace, model: Model) -> int:

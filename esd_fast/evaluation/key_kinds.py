@@ -85,10 +85,14 @@ def known_unets() -> Iterator[tuple[str, dict[str, Any]]]:
     import torch
     from diffusers import UNet2DConditionModel
 
-    for file in sorted(CONFIGS.glob("*.json")):
+    for file in sorted(CONFIGS.rglob("*.json")):
+        config = json.loads(file.read_text())
+        if config.get("_class_name") != "UNet2DConditionModel":
+            continue
         with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(json.loads(file.read_text()))
-        yield file.stem, {name: p.shape for name, p in unet.named_parameters()}
+            unet = UNet2DConditionModel.from_config(config)
+        name = file.relative_to(CONFIGS).parts[0].removesuffix(".json")
+        yield name, {name: p.shape for name, p in unet.named_parameters()}
 
 
 def fits(tensors: Mapping[str, Tensor], shapes: Mapping[str, Any]) -> bool:

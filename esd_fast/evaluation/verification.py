@@ -3,6 +3,7 @@ the file on, and saw nothing change."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -106,7 +107,7 @@ class Look:
         prompts: Sequence[str] = (),
     ) -> Look:
         """Of the concept, or of `prompts`; `images` each, of the embedded model in all."""
-        concept = str(erasure.manifest.get("concept", ""))
+        concept = concept_of(erasure)
         known = world.named_in(concept) if model.source == "embedded" and not prompts else None
         if known:
             questions = tuple(erased_questions(known, images, seed))
@@ -116,6 +117,14 @@ class Look:
         )
         shots = tuple(Shot(text, seed + i) for text in texts for i in range(images))
         return cls(shots, (), settings)
+
+
+def concept_of(erasure: Erasure) -> str:
+    """What the manifest says; of a file that says nothing, what the reference calls such files
+    after: esd-CONCEPT-from-..."""
+    said = str(erasure.manifest.get("concept", ""))
+    found = re.fullmatch(r"esd-(.+?)-from-.+", said)
+    return re.sub(r"[-_]+", " ", found[1]) if found else said
 
 
 def verify(
