@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esd_fast.config import EraseConfig, refuse
+from esd_fast.pages import keep_pages
 from esd_fast.prompts import clean_prompt
 
-from .console import Bars, keep_pages, quiet_libraries
+from .console import Bars, quiet_libraries
 from .drawing import check_drawing, drawing_settings, place_of
 
 if TYPE_CHECKING:
