@@ -11,6 +11,8 @@ from . import __version__
 from .config import CHOICES, PRESETS
 from .parameters import METHODS
 
+MODELS = "a diffusers folder, checkpoint file or hub id (default: embedded)"
+
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
@@ -40,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     add_train(commands)
     add_generate(commands)
+    add_verify(commands)
     add_info(commands)
     add_plan(commands)
     for command in commands.choices.values():
@@ -60,7 +63,7 @@ def add_train(commands: Any) -> None:
     say = train.add_argument
     say("--concept", required=True, help='what to erase, such as "cat" or "Van Gogh"')
     say("--erase-from", metavar="PROMPT", help="erase the concept from this wider prompt only")
-    add_loading(say, "a diffusers folder, checkpoint file or hub id (default: embedded)")
+    add_loading(say, MODELS)
     say("--output", metavar="FOLDER", help="where results go (default: erased-CONCEPT)")
     say("--overwrite", action="store_true", help="replace the results of an earlier run there")
     say("--preset", choices=list(PRESETS), default="fast", help="recipe (default: fast)")
@@ -90,9 +93,14 @@ def add_train(commands: Any) -> None:
     say("--pictures", type=int, metavar="N", help="columns of the before/after grid; 0: none")
 
 
-def add_loading(say: Callable[..., Any], models: str, required: bool = False) -> None:
+def add_loading(
+    say: Callable[..., Any],
+    models: str,
+    required: bool = False,
+    names: tuple[str, ...] = ("--model",),
+) -> None:
     """What a model is and how it is read."""
-    say("--model", metavar="MODEL", required=required, help=models)
+    say(*names, metavar="MODEL", required=required, help=models)
     say("--variant", metavar="NAME", help="weight files of a diffusers folder, such as fp16")
     say("--ema", choices=CHOICES["ema"], help="of a file that holds both: the averaged weights")
     say(
@@ -115,19 +123,102 @@ def add_loading(say: Callable[..., Any], models: str, required: bool = False) ->
 
 
 def add_generate(commands: Any) -> None:
-    generate = commands.add_parser("generate", help="draw pictures, before and after an erasure")
+    generate = commands.add_parser(
+        "generate",
+        help="draw pictures, before and after an erasure",
+        description="Draw prompts with the model and with each erasure, from the same noise: a "
+        "folder of pictures each, and a grid that has them side by side. Pictures that are there "
+        "already are not drawn again. The options of the reference's script (names_like_this) "
+        "are accepted.",
+    )
     generate.set_defaults(run=run_generate)
+    what = generate.add_mutually_exclusive_group(required=True).add_argument
+    what("--prompt", action="append", metavar="PROMPT", help="repeatable")
+    what(
+        "--prompts", "--prompts_path", metavar="FILE", help="a prompt a line, or a CSV (see below)"
+    )
     say = generate.add_argument
-    say("--prompt", action="append", required=True, help="repeatable")
-    say("--erasure", metavar="PATH", help="a delta file or the folder of a run: drawn beside")
-    add_loading(say, "a diffusers folder, checkpoint file or hub id (default: embedded)")
-    say("--output", metavar="FOLDER", default="pictures", help="default: pictures")
-    say("--images", type=int, default=4, metavar="N", help="pictures a prompt (default: 4)")
+    say(
+        "--erasure",
+        "--esd_path",
+        action="append",
+        metavar="PATH",
+        help="a delta file or the folder of a run: drawn beside; repeatable",
+    )
+    add_loading(say, MODELS, names=("--model", "--base_model"))
+    say("--output", "--save_path", metavar="FOLDER", default="pictures", help="default: pictures")
+    say("--overwrite", action="store_true", help="replace other pictures of the same names")
+    say(
+        "--images", "--num_samples", type=int, metavar="N", help="a prompt (default: 4; of a CSV 1)"
+    )
+    say(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of the first picture; of a CSV, where it says none (default: 0)",
+    )
+    say("--from-case", "--from_case", type=int, metavar="N", help="of a CSV, this case_number on")
+    say("--till-case", "--till_case", type=int, metavar="N", help="of a CSV, up to and with this")
+    say(
+        "--num-inference-steps",
+        "--num_inference_steps",
+        "--ddim_steps",
+        type=int,
+        default=25,
+        metavar="N",
+        help="default: 25",
+    )
+    say(
+        "--guidance-scale",
+        "--guidance_scale",
+        type=float,
+        metavar="X",
+        help="default: 4 (embedded), else 7.5",
+    )
+    say("--resolution", "--image_size", type=int, metavar="PIXELS", help="default: the model's own")
+    say("--batch-size", type=int, metavar="N", help="at a time (default: 64 (embedded), else 1)")
+    say("--strength", type=float, default=1.0, metavar="X", help="of the erasures (default: 1)")
+    say("--no-grid", action="store_true", help="single files alone")
+    say("--dtype", choices=CHOICES["dtype"], default="auto")
+    say("--device", default="auto", metavar="DEVICE")
+    generate.epilog = (
+        "A CSV has a column `prompt`, and may have `evaluation_seed` and `case_number`; its "
+        "pictures are called CASE_SAMPLE.png, and samples start from the noises that the "
+        "reference's script draws. Further columns go into the pictures' metadata."
+    )
+
+
+def add_verify(commands: Any) -> None:
+    verify = commands.add_parser(
+        "verify",
+        help="does an erasure belong to a model, and does it change its pictures?",
+        description="Look at an erasure on a model: names and shapes, the weights that it was "
+        "trained on, its values, how far it moves the weights, and pictures from the same noise "
+        "with and without it. Exit code 0: fine; 1: not, and the reason is said.",
+    )
+    verify.set_defaults(run=run_verify)
+    verify.add_argument("file", metavar="FILE", help="a delta file or the folder of a run")
+    say = verify.add_argument
+    add_loading(say, MODELS)
+    say(
+        "--allow-other-base",
+        action="store_true",
+        help="weights that it was not trained on are fine",
+    )
+    say("--prompt", action="append", metavar="PROMPT", help="repeatable (default: the concept)")
+    say(
+        "--images",
+        type=int,
+        metavar="N",
+        help="a prompt (default: 2; embedded: 16 in all); 0: none",
+    )
     say("--seed", type=int, default=0, metavar="N", help="of the first picture (default: 0)")
-    say("--num-inference-steps", type=int, default=25, metavar="N", help="default: 25")
+    say("--num-inference-steps", type=int, default=15, metavar="N", help="default: 15")
     say("--guidance-scale", type=float, metavar="X", help="default: 4 (embedded), else 7.5")
     say("--resolution", type=int, metavar="PIXELS", help="default: the model's own")
-    say("--strength", type=float, default=1.0, metavar="X", help="of the erasure (default: 1)")
+    say("--batch-size", type=int, metavar="N", help="at a time (default: 64 (embedded), else 1)")
+    say("--json", action="store_true", help="as JSON, with every layer")
     say("--dtype", choices=CHOICES["dtype"], default="auto")
     say("--device", default="auto", metavar="DEVICE")
 
@@ -171,6 +262,12 @@ def run_generate(arguments: argparse.Namespace) -> int:
     from .commands.generate import generate
 
     return generate(arguments)
+
+
+def run_verify(arguments: argparse.Namespace) -> int:
+    from .commands.verify import verify
+
+    return verify(arguments)
 
 
 def run_info(arguments: argparse.Namespace) -> int:
