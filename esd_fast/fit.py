@@ -55,11 +55,13 @@ class Fitter:
     asked: dict[int, Conditioning] = field(default_factory=dict, init=False)  # by batch size
 
     def __post_init__(self) -> None:
+        self.scaler = self.new_scaler()
+
+    def new_scaler(self) -> torch.amp.GradScaler:
         weights = list(self.unet.parameters())
-        self.scaler = torch.amp.GradScaler(
+        return torch.amp.GradScaler(
             weights[0].device.type, enabled=any(w.dtype == torch.float16 for w in weights)
         )
-        self.scaler.scale(torch.zeros((), device=weights[0].device))  # its tensors are made now
 
     def step(self, samples: TeacherSamples) -> FitStep:
         """Forward, loss and its gradient in one kernel, backward, optimizer.

@@ -175,27 +175,35 @@ class GraphedFitter(Fitter):
         super().update()
 
     def saved(self) -> PutBack:
-        return copies_of(self.state)
+        """Weights, the optimizer's state, float16's loss scale."""
+        put_weights_back, scale = copies_of(self.state), self.scaler.state_dict()
+
+        def put_back() -> None:
+            put_weights_back()
+            self.scaler.load_state_dict(scale)  # in place
+
+        return put_back
 
     def state(self) -> Iterable[Tensor]:
-        """Every tensor that an update changes, once."""
+        """Every tensor that an update changes, once; but for the scaler's own."""
         weights = (*self.subset.parameters.values(), *self.subset.masters.values())
         states = [v for state in self.optimizer.state.values() for v in state.values()]
-        scaler = []  # float16's loss scale, and how many steps it has held for
-        if self.scaler.is_enabled():
-            scaler = [self.scaler._scale, self.scaler._growth_tracker]
-        tensors = [x for x in (*weights, *states, *scaler) if isinstance(x, Tensor)]
+        tensors = [x for x in (*weights, *states) if isinstance(x, Tensor)]
         return {id(x): x for x in tensors}.values()
 
     def uncaptured(self) -> None:
-        """The optimizer as it is where nothing is captured: unless fused, it counts its steps on the
-        host."""
+        """Optimizer and scaler as they are where nothing is captured: unless fused, the optimizer
+        counts its steps on the host. A capture may have stopped in the midst of an update."""
         for group in self.optimizer.param_groups:
             group["capturable"] = False
             for parameter in () if group["fused"] else group["params"]:
                 state = self.optimizer.state.get(parameter, {})
                 if "step" in state:
                     state["step"] = state["step"].cpu()
+        for lent in ("grad_scale", "found_inf"):  # by the scaler, for the time of a step
+            self.optimizer.__dict__.pop(lent, None)
+        stopped, self.scaler = self.scaler, self.new_scaler()
+        self.scaler.load_state_dict(stopped.state_dict())
 
 
 # --- a run ---------------------------------------------------------------------------------------------

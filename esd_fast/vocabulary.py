@@ -17,7 +17,6 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 if TYPE_CHECKING:
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 WORDS_AT_MOST = (
     512  # of Stable Diffusion's 49,408 tokens, for time's sake; no other number was tried
 )
+ITERATIONS_AT_MOST = 60  # for a condition number of 2**30; half as many do as a rule
 WORD_END = "</w>"  # CLIP's tokenizers mark the tokens that end a word
 
 
@@ -57,7 +57,8 @@ def second_moment(model: Model, words: Sequence[str], resolution: int) -> torch.
     """C (D, D) float32 on the CPU: mean of e e^T over all places of the empty prompt and of each
     word as a prompt, padding included, since attention reads it too."""
     prompts = ["", *words]
-    # on the CPU encoding is not to be a run's peak of memory; elsewhere each call of `encode` may
+    # on the CPU the shapes of a batch of its own would stay in oneDNN's caches, a megabyte for a
+    # small encoder; elsewhere each call of `encode` may
     # bring the text encoder to the device and back
     at_once = 1 if model.device.type == "cpu" else 64
     total, count = torch.zeros(()), 0
@@ -71,13 +72,22 @@ def second_moment(model: Model, words: Sequence[str], resolution: int) -> torch.
 
 
 def keeping_filter(second_moment: torch.Tensor, strength: float) -> torch.Tensor:
-    """F (D, D) float64, symmetric, eigenvalues in (0, 1]; the module says what it is."""
-    moment = second_moment.double().numpy()
-    mean_eigenvalue = moment.trace() / len(moment)
-    # numpy's LAPACK: torch's first call of its own costs 2 MiB that stay
-    return torch.from_numpy(
-        np.linalg.inv(np.eye(len(moment)) + strength / mean_eigenvalue * moment)
-    )
+    """F (D, D), symmetric, eigenvalues in (0, 1]; the module says what it is.
+
+    The inverse by Newton's iteration (Schulz 1933), X <- X (2 - A X): products alone, which run on
+    any device. The first call of a LAPACK costs 2 MiB that stay, the last ones of a small run's peak.
+    """
+    size = len(second_moment)
+    identity = torch.eye(size, dtype=second_moment.dtype, device=second_moment.device)
+    matrix = identity + strength * size / second_moment.trace() * second_moment
+    inverse = identity / matrix.abs().sum(0).max()  # every eigenvalue of A X is in (0, 1]
+    for _ in range(ITERATIONS_AT_MOST):
+        product = matrix @ inverse
+        inverse = inverse @ (2 * identity - product)
+        # each step squares the error
+        if (identity - product).abs().max() < torch.finfo(product.dtype).eps ** 0.5:
+            break
+    return (inverse + inverse.T) / 2
 
 
 def reads_text(unet: torch.nn.Module, name: str) -> bool:
@@ -103,5 +113,6 @@ def filters_for(
         return {}, 0
     words = words_of(model.pipeline.tokenizer) if words is None else words
     moment = second_moment(model, words, resolution)
-    shared = keeping_filter(moment, strength).to(model.device, torch.float32)
+    exact = torch.float32 if model.device.type == "mps" else torch.float64
+    shared = keeping_filter(moment.to(model.device, exact), strength).float()
     return dict.fromkeys(reading, shared), len(words)

@@ -624,6 +624,7 @@ def test_what_warm_up_moved_is_back_before_the_first_replay() -> None:
     fake.warm_up, fake.record = watched_warm_up, record  # type: ignore[method-assign]
     with only_trainable(unet, fitter.subset):
         fitter.step(some_samples(0, dtype=torch.bfloat16))
+    assert [graph.why_not for graph in fitter.graphs] == [""]  # no assertion failed in there
     assert moved  # there was something to put back
 
 
@@ -694,6 +695,39 @@ def test_where_capture_fails_the_optimizer_is_the_plain_one() -> None:
     assert all(state["step"] == 2 for state in fitter.optimizer.state.values())
     assert all(state["step"].device.type == "cpu" for state in fitter.optimizer.state.values())
     assert fitter.running is None  # no copies for nothing
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 1e-3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_capture_that_stops_within_the_update(
+    dtype: torch.dtype, max_grad_norm: float | None
+) -> None:
+    """Recording runs a stage's Python: what a half-run update leaves there is cleared away."""
+
+    class Stops(Twin):
+        def record(self, stage: Stage) -> Stage:
+            step, fitter.optimizer.step = fitter.optimizer.step, stop
+            try:
+                stage()
+            finally:
+                fitter.optimizer.step = step
+            return stage
+
+    def stop() -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    moved = []
+    for capture in (Stops(), None):
+        unet = pipelines.pipeline("sd-ddim", dtype).unet
+        fitter = fitter_on(unet, capture)
+        fitter.max_grad_norm = max_grad_norm
+        with only_trainable(unet, fitter.subset):
+            steps = [fitter.step(some_samples(i, dtype=dtype)) for i in range(3)]
+        moved.append((weights(unet), fitter.scaler.state_dict(), [s.loss for s in steps]))
+        if capture:
+            assert "not permitted" in fitter.graphs[0].why_not
+    assert moved[0][1:] == moved[1][1:]
+    assert all(same_bits(moved[0][0][n], moved[1][0][n]) for n in moved[1][0])
 
 
 def test_the_optimizer_is_capturable_where_capture_is_real() -> None:

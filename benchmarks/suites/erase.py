@@ -340,7 +340,7 @@ class Verdict:
     runs: int
     passes: float  # the reference's over ours
     faster: float  # likewise, of seconds; median of the pairs
-    memory: float | None  # ours over the reference's
+    memory: float | None  # ours over the reference's; median of the pairs
     differences: dict[str, tuple[float, float]]  # UA, IRA, CRA: mean of ours - theirs, lower bound
 
     def lines(self) -> list[str]:
@@ -380,7 +380,7 @@ def verdict(rows: Sequence[Row], rival: str = "reference") -> Verdict | None:
         runs=len(pairs),
         passes=statistics.median(b.unet_passes / a.unet_passes for a, b in pairs),
         faster=statistics.median(b.seconds / a.seconds for a, b in pairs),
-        memory=max(memory) if memory else None,
+        memory=statistics.median(memory) if memory else None,
         differences={
             name: mean_and_lower_bound([getattr(a, name) - getattr(b, name) for a, b in pairs])
             for name in ("UA", "IRA", "CRA")
