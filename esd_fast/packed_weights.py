@@ -4,7 +4,8 @@ On the CPU torch hands convolutions to oneDNN, which reorders each weight into b
 computes; with a few latents in a batch that takes as long as the arithmetic, and the gradient of the
 input asks for another order still. Within `packed_weights` every convolution that trains nothing
 holds its weight in blocks, made at its first call, and a second set for the backward, made at the
-first backward. The plain weight is let go meanwhile and comes back, bit for bit, at the end.
+first backward. The plain weight is let go meanwhile and comes back, bit for bit, at the end; one that
+is mapped from a file stays where it is, and only its pages leave.
 
 Matrices gain 2% from blocks and would need two sets of them, so they stay as they are; but in float32
 torch gives them to the BLAS it was built with, which on some processors takes twice as long as oneDNN.
@@ -26,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .frozen_conv import FrozenConv2d
-from .pages import give_back_pages
+from .pages import file_ranges, give_back_pages, page_out
 
 GAPS = 256 * 2**20
 # The embedded UNet, of 5.7 million, gains 8% and its run's peak would be 38 MiB higher.
@@ -79,6 +80,7 @@ class Packs:
     convolution: Convolution
     ledger: Ledger
     releasable: bool = True
+    in_file: bool = False  # mapped: pages leave, and come back by themselves
     released: bool = False
     strides: tuple[int, ...] = ()
     packed: Tensor | None = None
@@ -99,6 +101,8 @@ class Packs:
                 return False
         if self.packed is None:
             self.packed = packed_for(self.plain.detach(), self.convolution, shape)
+            if frozen and self.in_file:
+                page_out(self.plain.data_ptr(), self.plain.nbytes)
         return True
 
     def drop(self) -> None:
@@ -286,7 +290,7 @@ def swap_all(unet: nn.Module, done: Packing) -> list[tuple[nn.Module, type]]:
     """Changes the classes, counts in `done`; the modules changed and what they were."""
     first = next(unet.parameters())  # device and dtype of a UNet are read off it
     holders = Counter(id(p) for m in unet.modules() for p in m._parameters.values())
-    ledger = Ledger()
+    ledger, files = Ledger(), file_ranges()
     before: list[tuple[nn.Module, type]] = []
     for module in unet.modules():
         kind = type(module)
@@ -297,7 +301,10 @@ def swap_all(unet: nn.Module, done: Packing) -> list[tuple[nn.Module, type]]:
             done.skipped[why] = done.skipped.get(why, 0) + 1
         elif isinstance(module, nn.Conv2d):
             packs = Packs(module.weight, geometry(module), ledger)
-            packs.releasable = packs.convolution.has_opposite and module.weight is not first
+            packs.in_file = any(a <= module.weight.data_ptr() < b for a, b in files)
+            packs.releasable = (
+                packs.convolution.has_opposite and module.weight is not first and not packs.in_file
+            )
             module.__class__, module.packs = PackedConv2d, packs  # type: ignore[assignment]
             done.convolutions += 1
         else:

@@ -9,9 +9,12 @@ nothing in a guided step, and another allocator has to be there before the proce
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
+from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+MADV_PAGEOUT = 21  # mman.h
 
 
 def keep_pages() -> bool:
@@ -36,6 +39,30 @@ def give_back_pages() -> bool:
     whether there was any. Takes milliseconds a gigabyte; memory that is used again faults anew."""
     trim = c_function("malloc_trim")
     return trim is not None and bool(trim(0))
+
+
+def file_ranges() -> list[tuple[int, int]]:
+    """Addresses [start, end) that are mapped from files, as weights of a large safetensors file are
+    where no conversion was asked. Empty where there is no /proc."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    # address permissions offset device inode [path]
+    files = [fields[0] for fields in map(str.split, lines) if fields[4] != "0"]
+    return [(int(first, 16), int(last, 16)) for first, last in (f.split("-") for f in files)]
+
+
+def page_out(address: int, size: int) -> None:
+    """Whole pages within leave memory; who reads them finds what was there (madvise's MADV_PAGEOUT,
+    Linux 5.4; else nothing happens). For mapped files: other memory would go to swap."""
+    advise = c_function("madvise")
+    if advise is None:
+        return
+    first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = (address + size) // mmap.PAGESIZE * mmap.PAGESIZE
+    if last > first:
+        advise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), MADV_PAGEOUT)
 
 
 def c_function(name: str) -> ctypes._CFuncPtr | None:  # type: ignore[name-defined]

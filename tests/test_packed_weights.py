@@ -213,6 +213,37 @@ def test_within_names_stay_and_numbers_are_not_to_be_read() -> None:
             state[away[0]].sum().item()
 
 
+def test_weights_of_a_mapped_file_stay_and_leave_memory(tmp_path: Any) -> None:
+    from esd_fast.pages import file_ranges
+
+    name, weight = tmp_path / "weight", torch.randn(256, 256, 3, 3)
+    name.write_bytes(weight.numpy().tobytes())
+    mapped = torch.from_file(str(name), shared=False, size=weight.numel(), dtype=torch.float32)
+    layers = nn.Sequential(nn.Linear(1, 1), nn.Conv2d(256, 256, 3)).requires_grad_(False)
+    layers[1].weight.data = mapped.view_as(weight)
+    assert any(a <= mapped.data_ptr() < b for a, b in file_ranges())
+    with torch.no_grad(), packed_weights(layers):
+        ours = layers[1](torch.ones(1, 256, 4, 4))
+        assert resident(mapped.data_ptr()) < weight.nbytes / 4
+        assert same_bits(layers[1].weight, weight)  # readable
+    assert layers[1].weight.data_ptr() == mapped.data_ptr()
+    assert relative(ours, layers[1](torch.ones(1, 256, 4, 4))) < 1e-5
+
+
+def resident(address: int) -> int:
+    """Bytes of the mapping at `address` that are in memory."""
+    from pathlib import Path
+
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, _, rest = line.partition(" ")[0].partition("-")
+        if rest:
+            inside = int(first, 16) <= address < int(rest, 16)
+        elif inside and line.startswith("Rss:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("no such mapping")
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_undone_to_the_bit(dtype: torch.dtype, layout: torch.memory_format) -> None:
