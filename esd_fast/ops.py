@@ -288,8 +288,9 @@ def group_norm_silu(
     """GroupNorm, and SiLU behind it unless `silu` is False, in one go. Maths in float32.
 
     `x` is (N, C, H, W), `weight` and `bias` (C,), each float32, bfloat16 or float16. The result has x's dtype
-    and is channels_last; an x of another layout is copied first. All three have gradients (first
-    derivatives). Where torch runs it, it is torch's own functions, and the layout is theirs.
+    and is channels_last; on the CPU it is so where x is, and contiguous else. An x of another layout is copied
+    first. All three have gradients (first derivatives). Where torch runs it, it is torch's own functions, and
+    the layout is theirs.
     """
     _group_norm_silu.check(x, weight, bias, groups)
     if _torch_runs("group_norm_silu", x):
@@ -327,17 +328,24 @@ _OPS = {
         native_cpu=_guidance_loss.native_cpu,
         native_cuda=_guidance_loss.native_cuda,
     ),
-    "guided_step": _Op(  # nothing native: a handful of torch's own calls beside a whole UNet
+    "guided_step": _Op(
         plain=_guided_step.PLAIN,
         triton=_guided_step.TRITON,
         example=_guided_step.example,
+        native_cpu=_guided_step.native,
     ),
     "group_norm_silu": _Op(
         plain=_group_norm_silu.PLAIN,
         triton=_group_norm_silu.TRITON,
         example=_group_norm_silu.example,
+        native_cpu=_group_norm_silu.NATIVE_CPU,
     ),
-    "geglu": _Op(plain=_geglu.PLAIN, triton=_geglu.TRITON, example=_geglu.example),
+    "geglu": _Op(
+        plain=_geglu.PLAIN,
+        triton=_geglu.TRITON,
+        example=_geglu.example,
+        native_cpu=_geglu.NATIVE_CPU,
+    ),
 }
 
 

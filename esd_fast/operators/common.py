@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 Implementation = Callable[..., tuple[Tensor, ...]]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -74,6 +75,20 @@ def triton(module: str, name: str) -> Implementation:
             return tuple(launch(first, *arguments))
 
     return run
+
+
+def address(
+    name: str, x: Tensor, memory_format: torch.memory_format = torch.contiguous_format
+) -> tuple[int, int]:
+    """What the native module is told of a tensor on the CPU: where it lies, and its dtype's code.
+
+    Raises ValueError where there are no such numbers: another device, a meta or fake tensor, gaps.
+    """
+    if x.device.type != "cpu" or type(x) is FakeTensor:
+        raise ValueError(f"{name}: on {x.device}, {type(x).__name__}: use a real tensor on the CPU")
+    if not x.is_contiguous(memory_format=memory_format):
+        raise ValueError(f"{name}: strides {x.stride()}: use a {memory_format} tensor")
+    return x.data_ptr(), DTYPE_CODES[x.dtype]
 
 
 def check_dtype(name: str, value: Tensor) -> None:

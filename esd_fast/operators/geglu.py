@@ -53,6 +53,36 @@ TRITON = common.Pair(
 )
 
 
+def native(x: Tensor) -> tuple[Tensor, ...]:
+    width = x.shape[-1] // 2
+    y = x.new_empty((*x.shape[:-1], width))
+    common.native().geglu_cpu(
+        common.address("x", x),
+        common.address("y", y),
+        y.numel() // width,
+        width,
+        torch.get_num_threads(),
+    )
+    return (y,)
+
+
+def native_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    width = x.shape[-1] // 2
+    grad_x = torch.empty_like(x)
+    common.native().geglu_backward_cpu(
+        common.address("grad", grad),
+        common.address("x", x),
+        common.address("grad_x", grad_x),
+        grad.numel() // width,
+        width,
+        torch.get_num_threads(),
+    )
+    return (grad_x,)
+
+
+NATIVE_CPU = common.Pair(native, native_backward, gradient_arguments)
+
+
 def example(device: torch.device) -> tuple[Any, ...]:
     return tuple(common.kernels("reference").geglu_example(device))
 
