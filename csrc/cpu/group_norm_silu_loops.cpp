@@ -253,27 +253,25 @@ void rows_moments(const GroupNormArgs& args, std::int64_t sample, std::int64_t b
   }
 }
 
-// What the channels of a row are multiplied with and so on, as vectors.
-struct Channels {
-  float mean[block], rstd[block];
-
-  template <typename Args>
-  Channels(const Args& args, std::int64_t sample, std::int64_t first, std::int64_t count) {
-    spread(args.mean + sample * args.norm.groups, group_width(args.norm), first, count, mean);
-    spread(args.rstd + sample * args.norm.groups, group_width(args.norm), first, count, rstd);
-  }
-};
+// For channels [first, first + count) of a sample: mean, and weight * rstd.
+template <typename Args>
+void channel_vectors(const Args& args, const float* weight, std::int64_t sample, std::int64_t first, std::int64_t count,
+                     float* mean, float* scale) {
+  const std::int64_t width = group_width(args.norm);
+  spread(args.mean + sample * args.norm.groups, width, first, count, mean);
+  spread(args.rstd + sample * args.norm.groups, width, first, count, scale);
+  for (std::int64_t i = 0; i < count; ++i) scale[i] *= weight[first + i];
+}
 
 template <bool silu>
 void forward_rows(const GroupNormArgs& args, const float* weight, const float* bias, std::int64_t sample,
                   std::int64_t begin, std::int64_t end) {
-  float buffers[2][block], scale[block];
+  float buffers[2][block], mean[block], scale[block];
   const GroupNorm& norm = args.norm;
   for (std::int64_t first = 0; first < norm.channels; first += block) {
     const std::int64_t count = least(block, norm.channels - first);
-    const Channels channels(args, sample, first, count);
-    const float *mean = channels.mean, *offset = bias + first;
-    for (std::int64_t i = 0; i < count; ++i) scale[i] = channels.rstd[i] * weight[first + i];
+    channel_vectors(args, weight, sample, first, count, mean, scale);
+    const float* offset = bias + first;
     for (std::int64_t pixel = begin; pixel < end; ++pixel) {
       const std::int64_t place = (sample * norm.pixels + pixel) * norm.channels + first;
       const float* x = load_block(at(args.x, place), args.x.dtype, count, buffers[0]);
@@ -289,12 +287,12 @@ void forward_rows(const GroupNormArgs& args, const float* weight, const float* b
 template <bool silu>
 void sums_rows(const GroupNormBackwardArgs& args, const float* weight, const float* bias, std::int64_t sample,
                std::int64_t begin, std::int64_t end, Sums sums) {
-  float buffers[2][block];
+  float buffers[2][block], mean[block], scale[block];
   const GroupNorm& norm = args.norm;
   for (std::int64_t first = 0; first < norm.channels; first += block) {
     const std::int64_t count = least(block, norm.channels - first);
-    const Channels channels(args, sample, first, count);
-    const float *mean = channels.mean, *rstd = channels.rstd, *scale = weight + first, *offset = bias + first;
+    channel_vectors(args, weight, sample, first, count, mean, scale);
+    const float* offset = bias + first;
     float *of_d = sums.of_d + first, *of_product = sums.of_product + first;
     for (std::int64_t i = 0; i < count; ++i) of_d[i] = of_product[i] = 0;
     for (std::int64_t pixel = begin; pixel < end; ++pixel) {
@@ -303,28 +301,34 @@ void sums_rows(const GroupNormBackwardArgs& args, const float* weight, const flo
       const float* grad = load_block(at(args.grad, place), args.grad.dtype, count, buffers[1]);
 #pragma omp simd
       for (std::int64_t i = 0; i < count; ++i) {
-        const float normalised = (x[i] - mean[i]) * rstd[i];
-        const float d = behind<silu>(grad[i], normalised * scale[i] + offset[i]);
+        const float apart = x[i] - mean[i];
+        const float d = behind<silu>(grad[i], apart * scale[i] + offset[i]);
         of_d[i] += d;
-        of_product[i] += d * normalised;
+        of_product[i] += d * apart;
       }
     }
+    float* rstd = mean;
+    spread(args.rstd + sample * norm.groups, group_width(norm), first, count, rstd);
+    for (std::int64_t i = 0; i < count; ++i) of_product[i] *= rstd[i];
   }
 }
 
 template <bool silu>
 void backward_rows(const GroupNormBackwardArgs& args, const float* weight, const float* bias, std::int64_t sample,
                    std::int64_t begin, std::int64_t end, const Means* means) {
-  float buffers[3][block], level[block], slope[block];
+  float buffers[3][block], mean[block], scale[block], level[block], slope[block];
   const GroupNorm& norm = args.norm;
+  const float* rstd = args.rstd + sample * norm.groups;
   for (std::int64_t first = 0; first < norm.channels; first += block) {
     const std::int64_t count = least(block, norm.channels - first);
-    const Channels channels(args, sample, first, count);
-    const float *mean = channels.mean, *rstd = channels.rstd, *scale = weight + first, *offset = bias + first;
-    for (std::int64_t i = 0, g; i < count; ++i) {
-      g = (first + i) / group_width(norm);
-      level[i] = means[g].level;
-      slope[i] = means[g].slope;
+    channel_vectors(args, weight, sample, first, count, mean, scale);
+    const float* offset = bias + first;
+    std::int64_t i = 0;
+    for (std::int64_t g = first / group_width(norm); i < count; ++g) {
+      for (const std::int64_t last = least(count, (g + 1) * group_width(norm) - first); i < last; ++i) {
+        level[i] = means[g].level * rstd[g];
+        slope[i] = means[g].slope * rstd[g] * rstd[g];
+      }
     }
     for (std::int64_t pixel = begin; pixel < end; ++pixel) {
       const std::int64_t place = (sample * norm.pixels + pixel) * norm.channels + first;
@@ -334,9 +338,9 @@ void backward_rows(const GroupNormBackwardArgs& args, const float* weight, const
       float* values = of_x.values;
 #pragma omp simd
       for (std::int64_t i = 0; i < count; ++i) {
-        const float normalised = (x[i] - mean[i]) * rstd[i];
-        const float d = behind<silu>(grad[i], normalised * scale[i] + offset[i]);
-        values[i] = rstd[i] * (d * scale[i] - level[i] - normalised * slope[i]);
+        const float apart = x[i] - mean[i];
+        const float d = behind<silu>(grad[i], apart * scale[i] + offset[i]);
+        values[i] = d * scale[i] - level[i] - apart * slope[i];
       }
       of_x.finish(count);
     }

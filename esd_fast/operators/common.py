@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import Parameter
 
 Implementation = Callable[..., tuple[Tensor, ...]]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -53,6 +54,17 @@ class Pair:
     def __call__(self, arguments: tuple[Any, ...], grad: Tensor) -> tuple[Tensor, ...]:
         results = self.forward(*arguments)
         return *results, *self.backward(*self.gradient_arguments(grad, arguments, results))
+
+
+def nobody_watches(*tensors: Tensor) -> bool:
+    """Whether an operator on these may be called past torch's dispatcher, whose way through Python costs more
+    than a small kernel: nothing traces, transforms or records it, and no tensor is more than a tensor."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or any(type(x) not in (Tensor, Parameter) or x.is_meta for x in tensors)
+    )
 
 
 def plain(name: str) -> Implementation:

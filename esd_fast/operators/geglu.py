@@ -109,8 +109,10 @@ def backward(ctx: Any, grad: Tensor) -> Tensor:
     return torch.ops.esd_fast.geglu_backward(grad, *ctx.saved_tensors)
 
 
-def register(library: torch.library.Library, chosen: Callable[[torch.device], Any]) -> None:
-    """With torch; `chosen(device)` gives the Pair that runs there."""
+def register(
+    library: torch.library.Library, chosen: Callable[[torch.device], Any]
+) -> Callable[[Tensor], Tensor]:
+    """With torch; `chosen(device)` gives the Pair that runs there. Returns the operator past the dispatcher."""
 
     def real(x: Tensor) -> Tensor:
         check(x)
@@ -131,3 +133,16 @@ def register(library: torch.library.Library, chosen: Callable[[torch.device], An
     torch.library.register_autograd(
         "esd_fast::geglu", backward, setup_context=setup_context, lib=library
     )
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return real(x)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            common.refuse_second_derivative("geglu")
+            return real_backward(grad, *ctx.saved_tensors)
+
+    return Direct.apply

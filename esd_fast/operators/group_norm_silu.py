@@ -219,17 +219,22 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    return gradients(ctx, grad, torch.ops.esd_fast.group_norm_silu_backward)
+
+
+def gradients(ctx: Any, grad: Tensor, run: Callable[..., Any]) -> tuple[Tensor | None, ...]:
     common.refuse_second_derivative("group_norm_silu")
     of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
-    gradients = torch.ops.esd_fast.group_norm_silu_backward(
-        grad, *ctx.saved_tensors, ctx.groups, ctx.silu, of_weight or of_bias
-    )
+    found = run(grad, *ctx.saved_tensors, ctx.groups, ctx.silu, of_weight or of_bias)
     wanted = (of_x, of_weight, of_bias)
-    return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), None, None, None
+    return *(g if w else None for g, w in zip(found, wanted, strict=True)), None, None, None
 
 
-def register(library: torch.library.Library, chosen: Callable[[torch.device], Any]) -> None:
-    """With torch; `chosen(device)` gives the Pair that runs there."""
+def register(
+    library: torch.library.Library, chosen: Callable[[torch.device], Any]
+) -> Callable[..., Tensor]:
+    """With torch; `chosen(device)` gives the Pair that runs there. Returns the operator, y alone, past the
+    dispatcher."""
 
     def real(
         x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
@@ -284,3 +289,19 @@ def register(library: torch.library.Library, chosen: Callable[[torch.device], An
     torch.library.register_autograd(
         "esd_fast::group_norm_silu", backward, setup_context=setup_context, lib=library
     )
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(
+            ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
+        ) -> Tensor:
+            y, mean, rstd = real(x, weight, bias, groups, eps, silu)
+            ctx.groups, ctx.silu = groups, silu
+            ctx.save_for_backward(x, mean, rstd, weight, bias)
+            return y
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+            return gradients(ctx, grad, real_backward)
+
+    return Direct.apply
