@@ -64,6 +64,20 @@ def test_every_gate(dtype):
     torch.testing.assert_close(grad[:, 1].double(), slope, **tolerance)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:overflow encountered:RuntimeWarning"
+)  # NumPy's, in the interpreter
+@pytest.mark.usefixtures("wrapped")
+def test_gates_beyond_all_bounds():
+    gate = torch.tensor([-1e38, -89.0, -13.3, 13.3, 89.0, 1e38, float("nan")])
+    x = torch.stack((torch.ones_like(gate), gate), -1).requires_grad_()
+    y = ops.geglu(x)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(y[:, 0], gate.clamp(min=0), equal_nan=True)
+    slope = (gate > 0).float() + (gate - gate)
+    torch.testing.assert_close(grad[:, 1], slope, equal_nan=True)
+
+
 @pytest.mark.usefixtures("wrapped")
 def test_keeps_its_argument_alone(make_geglu_case):
     x, _ = make_geglu_case((2, 3, 14)).inputs()

@@ -89,6 +89,23 @@ def test_thread_count_does_not_matter(layout, dtype, make_norm_case, assert_any_
 
 
 @pytest.mark.usefixtures("wrapped")
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_activations_beyond_all_bounds(layout, make_norm_case):
+    """A SiLU of -1e35 is 0; what is not a number stays in its group."""
+    (x, weight, bias), _ = make_norm_case(layout=layout).inputs()
+    x[0, 0, 0, 0] = float("nan")
+    inputs = [x, weight * 1e35, bias]
+    y = ops.group_norm_silu(*(v.requires_grad_() for v in inputs), 2)
+    broken = torch.zeros(x.shape, dtype=torch.bool)
+    broken[0, :3] = True
+    assert torch.equal(y.isnan(), broken)
+    z = torch.nn.functional.group_norm(x[1:], 2, weight * 1e35, bias).detach()
+    torch.testing.assert_close(y[1:].detach(), torch.relu(z), rtol=1e-5, atol=0)
+    (of_bias,) = torch.autograd.grad(y[1:].sum(), inputs[2])
+    torch.testing.assert_close(of_bias[3:], (z > 0).float().sum((0, 2, 3))[3:])
+
+
+@pytest.mark.usefixtures("wrapped")
 def test_keeps_x_itself_and_two_numbers_a_group(make_norm_case):
     (x, weight, bias), _ = make_norm_case().inputs()
     kept = []

@@ -8,14 +8,21 @@
 namespace esd::cpu {
 namespace {
 
-// |x|, or `limit` where that is less or x is not a number. By integers: compilers make branches of the
-// floats' comparison, since it has to know what is not a number.
+// |x|, or `limit` where that is less or x is not a number. By integers, as the next: compilers make branches of
+// a comparison of floats, since it has to know what is not a number.
 inline float magnitude_within(float x, float limit) {
   const std::uint32_t bits = as_bits(x) & 0x7fffffffu, most = as_bits(limit);
   return as_float(bits < most ? bits : most);
 }
 
-// To about one unit in the last place, for |x| <= 87.33: so that the result is a normal number.
+// a where x is below 0, b elsewhere.
+inline float by_sign(float x, float a, float b) {
+  const std::uint32_t negative = 0u - (as_bits(x) >> 31);
+  return as_float((as_bits(a) & negative) | (as_bits(b) & ~negative));
+}
+
+// For -88 <= x <= 0, to about one unit in the last place; 0 below -87.7, where a float32 ceases to be a normal
+// number.
 inline float exponential(float x) {
   constexpr float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, in the low bits
   const float shifted = x * 1.44269504f + shift;
@@ -34,8 +41,8 @@ inline float exponential(float x) {
 
 // A number even where x is none: who uses it multiplies with x as well.
 inline float sigmoid(float x) {
-  const std::uint32_t sign = ~as_bits(x) & 0x80000000u;  // of -x
-  return 1.0f / (1.0f + exponential(as_float(as_bits(magnitude_within(x, 87.33f)) | sign)));
+  const float small = exponential(-magnitude_within(x, 88.0f));
+  return by_sign(x, small, 1.0f) / (1.0f + small);
 }
 
 // Sixteen sums side by side, at every level (compilers split what is too wide). Loops that sum up into one
@@ -61,10 +68,9 @@ struct Normal {
 
 // Share beyond |x| = exp(-x^2 / 2) t P(t), t = 1 / (1 + |x| / 2). P has the least error at its degree, weighed
 // so that it is 1e-8 where the share is large and 3e-6 of it where it is small; in float32 `below` is right to
-// 1.2e-7.
-// As sigmoid, numbers for whatever x is.
+// 1.2e-7. As sigmoid, numbers for whatever x is.
 inline Normal normal(float x) {
-  const float magnitude = magnitude_within(x, 13.2f);
+  const float magnitude = magnitude_within(x, 13.2664f);
   const float bell = exponential(-0.5f * magnitude * magnitude);
   const float t = 1.0f / (1.0f + 0.5f * magnitude);
   float p = 0.0291339875f;
@@ -77,7 +83,7 @@ inline Normal normal(float x) {
   p = p * t + 0.205975320f;
   p = p * t + 0.199043246f;
   const float beyond = bell * (t * p);
-  return {x < 0.0f ? beyond : 1.0f - beyond, 0.398942280f * bell};
+  return {by_sign(x, beyond, 1.0f - beyond), 0.398942280f * bell};
 }
 
 }  // namespace
