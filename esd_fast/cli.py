@@ -9,6 +9,7 @@ from typing import Any
 
 from . import __version__
 from .config import CHOICES, PRESETS
+from .export import FORMATS
 from .parameters import METHODS
 
 
@@ -40,6 +41,9 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     add_train(commands)
     add_generate(commands)
+    add_export(commands)
+    add_apply(commands)
+    add_diff(commands)
     add_info(commands)
     add_plan(commands)
     for command in commands.choices.values():
@@ -132,6 +136,62 @@ def add_generate(commands: Any) -> None:
     say("--device", default="auto", metavar="DEVICE")
 
 
+def add_export(commands: Any) -> None:
+    export = commands.add_parser(
+        "export",
+        help="an erasure, or several in one, for other programs",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="formats:\n" + "\n".join(f"  {n:<14} {text}" for n, text in FORMATS.items()),
+    )
+    export.set_defaults(run=run_export)
+    say = export.add_argument
+    say("--format", required=True, choices=list(FORMATS), help="see below")
+    add_writing(export)
+    say("--rank", type=int, metavar="N", help="of a LoRA (default: 64)")
+    say("--energy", type=float, metavar="X", help="or the least rank that keeps X (0 to 1) of it")
+    say("--dtype", choices=CHOICES["dtype"][1:], help="of a LoRA (default: float16)")
+
+
+def add_apply(commands: Any) -> None:
+    apply = commands.add_parser(
+        "apply",
+        help="write a model with erasures in it",
+        description="A single file (.safetensors, .ckpt) gives a single file with the same keys; a "
+        "diffusers folder or hub id gives a folder.",
+    )
+    apply.set_defaults(run=run_apply)
+    add_writing(apply)
+
+
+def add_writing(command: argparse.ArgumentParser) -> None:
+    say = command.add_argument
+    say("erasures", nargs="+", metavar="ERASURE", help="delta files, or folders of runs")
+    say("--model", metavar="MODEL", help="a folder, file or hub id (default: the erasure's own)")
+    say("--output", required=True, metavar="PATH", help="where it goes")
+    say("--strength", type=float, default=1.0, metavar="X", help="of the erasure (default: 1)")
+    say("--overwrite", action="store_true", help="replace what is there")
+    say("--allow-other-base", action="store_true", help="onto a model that it was not trained on")
+    say(
+        "--allow-pickle", action="store_true", help="read files that can run code; trust them first"
+    )
+
+
+def add_diff(commands: Any) -> None:
+    diff = commands.add_parser(
+        "diff",
+        help="what differs between two checkpoints",
+        description="Folders, hub ids, single files or deltas. Exit code 1 where they differ.",
+    )
+    diff.set_defaults(run=run_diff)
+    say = diff.add_argument
+    say("a")
+    say("b")
+    say("--json", action="store_true", help="every tensor, as JSON")
+    say(
+        "--allow-pickle", action="store_true", help="read files that can run code; trust them first"
+    )
+
+
 def add_info(commands: Any) -> None:
     info = commands.add_parser("info", help="what an erasure is, what a model is, what runs here")
     info.set_defaults(run=run_info)
@@ -171,6 +231,24 @@ def run_generate(arguments: argparse.Namespace) -> int:
     from .commands.generate import generate
 
     return generate(arguments)
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    from .commands.export import export
+
+    return export(arguments)
+
+
+def run_apply(arguments: argparse.Namespace) -> int:
+    from .commands.export import apply
+
+    return apply(arguments)
+
+
+def run_diff(arguments: argparse.Namespace) -> int:
+    from .commands.export import diff
+
+    return diff(arguments)
 
 
 def run_info(arguments: argparse.Namespace) -> int:

@@ -58,12 +58,13 @@ def export(
     does not fit, or a target that exists without `overwrite`.
     """
     from .base import open_base
-    from .merge import merge
+    from .merge import merge, trained_side
 
     several = list(erasures) if isinstance(erasures, Sequence) else [erasures]
     path = checked_target(target, format, overwrite)
     check_lora(format, rank, energy, dtype)
     base = open_base(model_of(several, model), several[0] if several else None, allow_pickle)
+    base = trained_side(base, several)
     if base.folder is not None and base.folder.resolve() in path.resolve().parents:
         raise ValueError(f"{path} lies in the model's own folder; name another place")
     merged = merge(several, base, strength, allow_other_base)

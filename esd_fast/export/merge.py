@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from esd_fast.erasure import check_match, fingerprint
@@ -70,6 +70,24 @@ def merge(
     if strength != 1:
         state = {n: original[n].float().lerp(t, strength) for n, t in state.items()}
     return Merged(state, original, [e.manifest for e in erasures], notes)
+
+
+def trained_side(base: Base, erasures: Sequence[Erasure]) -> Base:
+    """`base`, or where a file holds running averages (EMA) too and the first erasure was trained
+    on those, with the two changing places."""
+    first = erasures[0] if erasures else None
+    if base.file is None or first is None or "base_fingerprint" not in first.manifest:
+        return base
+    if not base.ema_keys.keys() >= first.tensors.keys() or any(
+        n not in base.unet for n in first.tensors
+    ):
+        return base
+    tensors = base.file.tensors
+    averages = {n: tensors[base.ema_keys[n]].read() for n in first.tensors}
+    if not was_trained_on(first, averages):
+        return base
+    unet = {n: tensors[key] for n, key in base.ema_keys.items()}
+    return replace(base, unet=unet, keys=base.ema_keys, ema_keys=base.keys)
 
 
 def check_different(one: Erasure, other: Erasure) -> None:

@@ -15,7 +15,7 @@ from esd_fast.erasure import Erasure
 from esd_fast.export.lora import Spectrum
 
 from . import tiny
-from .test_whole_model import erasure_of, original
+from .tiny import erasure_of, original
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings(

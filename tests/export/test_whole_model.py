@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,54 +18,11 @@ from esd_fast.export import export
 from esd_fast.export.base import weight_files
 
 from . import tiny
+from .tiny import applied, assert_same, erasure_of, original, state
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation:DeprecationWarning", "ignore::FutureWarning"
 )
-COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-
-
-@cache
-def original(family: str, dtype: torch.dtype = torch.float32) -> Any:
-    return tiny.pipeline(family, dtype=dtype)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    for family in tiny.FAMILIES:
-        original(family).save_pretrained(root / family)
-    return {family: root / family for family in tiny.FAMILIES}
-
-
-def erasure_of(pipe: Any, word: str = "attn2", seed: int = 0, **manifest: Any) -> Erasure:
-    """A small move of every parameter whose name holds `word`."""
-    g = torch.Generator().manual_seed(seed)
-    before = {n: p.detach() for n, p in pipe.unet.named_parameters() if word in n}
-    moved = {n: p.float() + 1e-2 * torch.randn(p.shape, generator=g) for n, p in before.items()}
-    told = {"concept": "cat", "method": "esd-x", "base_fingerprint": fingerprint(before)}
-    return Erasure(moved, told | manifest)
-
-
-def state(pipe: Any) -> dict[str, torch.Tensor]:
-    return {
-        f"{c}.{n.removeprefix('text_model.')}": t.clone()
-        for c in COMPONENTS
-        if getattr(pipe, c, None) is not None
-        for n, t in getattr(pipe, c).state_dict().items()
-    }
-
-
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    wrong = [n for n, t in expected.items() if t.dtype != found[n].dtype or not t.equal(found[n])]
-    assert not wrong
-
-
-def applied(family: str, erasure: Erasure, dtype: torch.dtype = torch.float32) -> Any:
-    pipe = copy.deepcopy(original(family, dtype))
-    erasure.apply(pipe)
-    return pipe
 
 
 def pipeline_class(family: str) -> Any:
@@ -168,7 +124,8 @@ def test_safetensors_itself_lays_files_out_as_we_do(tmp_path: Path) -> None:
     assert ours == (tmp_path / "theirs.safetensors").stat().st_size
 
 
-def test_running_averages_are_erased_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("side", ["weights", "averages"])
+def test_running_averages_are_erased_too(side: str, tmp_path: Path) -> None:
     """A file with EMA weights: a program that prefers them must not find the concept again."""
     pipe = original("sd1")
     nothing = Erasure({n: p.detach() for n, p in pipe.unet.named_parameters() if "attn2" in n}, {})
@@ -182,7 +139,11 @@ def test_running_averages_are_erased_too(tmp_path: Path) -> None:
     }
     base, file = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
     save_file(plain | averages | {"model_ema.decay": torch.tensor(0.9999)}, base)
-    erasure_of(pipe).export(file, "single-file", model=base)
+    trained = copy.deepcopy(pipe)
+    for parameter in trained.unet.parameters():
+        parameter.data += 0.125 if side == "averages" else 0
+    erasure = erasure_of(trained)
+    erasure.export(file, "single-file", model=base)
     out = load_file(file)
     assert out.keys() == load_file(base).keys()
     changed = [n for n in plain if not out[n].equal(plain[n])]
@@ -192,6 +153,11 @@ def test_running_averages_are_erased_too(tmp_path: Path) -> None:
         torch.testing.assert_close(
             out[key] - averages[key], out[name] - plain[name], atol=1e-6, rtol=0
         )
+    exact = [
+        out[n if side == "weights" else "model_ema." + n.removeprefix("model.").replace(".", "")]
+        for n in changed
+    ]
+    assert all(any(t.equal(e) for t in erasure.tensors.values()) for e in exact)
 
 
 def test_from_a_ckpt(folders: dict[str, Path], tmp_path: Path) -> None:

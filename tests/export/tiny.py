@@ -1,5 +1,6 @@
 """Small models of every family with random weights, and those of full size on the meta device."""
 
+import copy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from esd_fast.erasure import Erasure, fingerprint
+
 GOLDEN = Path(__file__).parents[1] / "golden"
+COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 FAMILIES = ("sd1", "sd2", "sdxl")
-SQUARES = ("down_block_types", "up_block_types")
 FULL: dict[str, dict[str, Any]] = {
     "sd1": {"cross_attention_dim": 768, "attention_head_dim": 8},
     "sd2": {
@@ -137,3 +140,38 @@ def key_list(name: str) -> dict[str, tuple[int, ...]]:
     lines = (Path(__file__).parents[1] / "key_lists" / f"{name}.txt").read_text().splitlines()
     rows = [line.split(" ") for line in lines]
     return {n: () if s == "-" else tuple(map(int, s.split("x"))) for n, s, _ in rows}
+
+
+@cache
+def original(family: str, dtype: torch.dtype = torch.float32) -> Any:
+    return pipeline(family, dtype=dtype)
+
+
+def erasure_of(pipe: Any, word: str = "attn2", seed: int = 0, **manifest: Any) -> Erasure:
+    """A small move of every parameter whose name holds `word`."""
+    g = torch.Generator().manual_seed(seed)
+    before = {n: p.detach() for n, p in pipe.unet.named_parameters() if word in n}
+    moved = {n: p.float() + 1e-2 * torch.randn(p.shape, generator=g) for n, p in before.items()}
+    told = {"concept": "cat", "method": "esd-x", "base_fingerprint": fingerprint(before)}
+    return Erasure(moved, told | manifest)
+
+
+def state(pipe: Any) -> dict[str, torch.Tensor]:
+    return {
+        f"{c}.{n.removeprefix('text_model.')}": t.clone()
+        for c in COMPONENTS
+        if getattr(pipe, c, None) is not None
+        for n, t in getattr(pipe, c).state_dict().items()
+    }
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    wrong = [n for n, t in expected.items() if t.dtype != found[n].dtype or not t.equal(found[n])]
+    assert not wrong
+
+
+def applied(family: str, erasure: Erasure, dtype: torch.dtype = torch.float32) -> Any:
+    pipe = copy.deepcopy(original(family, dtype))
+    erasure.apply(pipe)
+    return pipe
