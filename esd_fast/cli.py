@@ -62,23 +62,53 @@ def add_train(commands: Any) -> None:
     )
     train.set_defaults(run=run_train)
     say = train.add_argument
-    say("--concept", required=True, help='what to erase, such as "cat" or "Van Gogh"')
-    say("--erase-from", metavar="PROMPT", help="erase the concept from this wider prompt only")
+    what = train.add_mutually_exclusive_group(required=True).add_argument
+    what(
+        "--concept",
+        "--erase_concept",
+        metavar="CONCEPT",
+        help='what to erase, such as "cat" or "Van Gogh"',
+    )
+    what("--prompt", metavar="CONCEPT", help="the same with the paper's recipe, see below")
+    say(
+        "--erase-from",
+        "--erase_from",
+        metavar="PROMPT",
+        help="erase the concept from this wider prompt only",
+    )
     add_loading(say, "a diffusers folder, checkpoint file or hub id (default: embedded)")
     say("--output", metavar="FOLDER", help="where results go (default: erased-CONCEPT)")
     say("--overwrite", action="store_true", help="replace the results of an earlier run there")
-    say("--preset", choices=list(PRESETS), default="fast", help="recipe (default: fast)")
-    say("--method", dest="train_method", metavar="METHOD", help="which weights train, see below")
+    say("--preset", choices=list(PRESETS), help="recipe (default: fast; with --prompt: paper)")
+    say(
+        "--method",
+        "--train_method",
+        dest="train_method",
+        metavar="METHOD",
+        help="which weights train, see below",
+    )
     say("--iterations", type=int, metavar="N", help="optimizer steps")
-    say("--batch-size", type=int, metavar="N", help="samples an optimizer step")
+    say("--batch-size", "--batchsize", type=int, metavar="N", help="samples an optimizer step")
     say("--learning-rate", "--lr", type=float, metavar="X", help="of the optimizer")
     say("--optimizer", choices=CHOICES["optimizer"], help="default: adam; 8bit: an extra")
     say("--weight-decay", type=float, metavar="X", help="of adamw (default: 0.01)")
     say("--max-grad-norm", type=float, metavar="X", help="gradients are clipped to it; 0: never")
-    say("--negative-guidance", type=float, metavar="X", help="how far to push from the concept")
+    say(
+        "--negative-guidance",
+        "--negative_guidance",
+        type=float,
+        metavar="X",
+        help="how far to push from the concept",
+    )
     say("--anchor", choices=CHOICES["anchor"], help="what the target starts from")
-    say("--guidance-scale", type=float, metavar="X", help="of the rollout")
-    say("--num-inference-steps", type=int, metavar="N", help="scheduler steps of a trajectory")
+    say("--guidance-scale", "--guidance_scale", type=float, metavar="X", help="of the rollout")
+    say(
+        "--num-inference-steps",
+        "--num_inference_steps",
+        type=int,
+        metavar="N",
+        help="scheduler steps of a trajectory",
+    )
     say("--keep-vocabulary", type=float, metavar="X", help="hold to other words' meaning; 0: off")
     say("--collect-batch-size", type=int, metavar="N", help="trajectories side by side")
     say("--vram", metavar="SIZE", help="memory to fit, such as 8GB (default: what is free)")
@@ -92,11 +122,27 @@ def add_train(commands: Any) -> None:
         "--keep-prompt", action="append", metavar="PROMPT", help="a row of the pictures; repeatable"
     )
     say("--pictures", type=int, metavar="N", help="columns of the before/after grid; 0: none")
+    theirs = train.add_argument_group(
+        "options of the reference's scripts",
+        "Their command lines work as they are: the spellings with underscores above, and these.",
+    ).add_argument
+    theirs(
+        "--save_path", metavar="FOLDER", help="the delta, where the scripts write it, and the run"
+    )
+    theirs("--start_guidance", type=float, metavar="X", help="with --prompt: --guidance-scale")
+    theirs("--image_size", type=int, metavar="PIXELS", help="with --prompt: --resolution")
+    theirs("--ddim_steps", type=int, metavar="N", help="with --prompt: --num-inference-steps")
+    theirs("--seperator", metavar="TEXT", help="with --prompt: what stands between its words")
+    theirs("--devices", metavar="N,N", help="with --prompt: the first is --device")
+    theirs("--ckpt_path", metavar="FILE", help="with --prompt: --model")
+    theirs("--regularize", type=float, metavar="X", help="with --prompt: 0")
+    for unused in ("--config_path", "--diffusers_config_path"):
+        theirs(unused, help=argparse.SUPPRESS)
 
 
 def add_loading(say: Callable[..., Any], models: str, required: bool = False) -> None:
     """What a model is and how it is read."""
-    say("--model", metavar="MODEL", required=required, help=models)
+    say("--model", "--basemodel_id", metavar="MODEL", required=required, help=models)
     say("--variant", metavar="NAME", help="weight files of a diffusers folder, such as fp16")
     say("--ema", choices=CHOICES["ema"], help="of a file that holds both: the averaged weights")
     say(

@@ -16,6 +16,7 @@ ALIASES = {
     "xattn-strict": "esd-x-strict",
     "noxattn": "esd-u",
     "full": "esd-all",
+    "esd-a": "esd-all",  # as esd_sd.py's help calls it
 }
 # What each method is for, as shown by `esd-fast info` and in error messages.
 METHODS = {
