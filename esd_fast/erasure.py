@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .files import replacing
+from .live import check_held, plain_module
 from .parameters import plain_parameters
 from .prompts import safe_name
 
@@ -72,6 +73,7 @@ class Erasure:
             raise ValueError(f"strength is {strength!r}; it must be finite: 0 original, 1 erased")
         unet = unet_of(model)
         parameters = plain_parameters(unet)
+        check_held(parameters)
         check_match(self.tensors, parameters)
         if unet not in self._originals:
             self._originals[unet] = {n: parameters[n].detach().clone() for n in self.tensors}
@@ -95,6 +97,7 @@ class Erasure:
         if original is None:
             raise ValueError(f"{self!r} was not applied to this model: nothing to revert")
         parameters = plain_parameters(unet)
+        check_held(parameters)
         with torch.no_grad():
             for name, tensor in original.items():
                 parameters[name].copy_(tensor)
@@ -214,7 +217,7 @@ def manifest_from(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
 
 
 def unet_of(model: Any) -> Any:
-    unet = getattr(model, "unet", model)
+    unet = plain_module(getattr(model, "unet", model))
     if not hasattr(unet, "named_parameters"):
         raise ValueError(f"model is a {type(model).__name__}; it must be a pipeline or a UNet")
     return unet

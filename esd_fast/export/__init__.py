@@ -64,6 +64,8 @@ def export(
     path = checked_target(target, format, overwrite)
     check_lora(format, rank, energy, dtype)
     base = open_base(model_of(several, model), several[0] if several else None, allow_pickle)
+    if format in ("single-file", "diffusers"):
+        check_no_adapters(base.pipeline)
     base = trained_side(base, several)
     if base.folder is not None and base.folder.resolve() in path.resolve().parents:
         raise ValueError(f"{path} lies in the model's own folder; name another place")
@@ -121,6 +123,16 @@ def model_of(erasures: Sequence[Erasure], model: Any) -> Any:
     if told == "embedded" or (isinstance(told, str) and Path(told).exists()):
         return told
     raise ValueError(f"model is not given, and the erasure's own ({told}) is no path here; name it")
+
+
+def check_no_adapters(pipeline: Any) -> None:
+    """A whole model with a LoRA beside its weights would be neither with it nor without."""
+    parts = getattr(pipeline, "components", {}).values()
+    if any(hasattr(m, "base_layer") for p in parts if hasattr(p, "modules") for m in p.modules()):
+        raise ValueError(
+            "the pipeline has LoRA adapters; call pipe.fuse_lora() to keep them, and then "
+            "pipe.unload_lora_weights(), before it is written whole"
+        )
 
 
 def merged_erasure(merged: Merged) -> Erasure:

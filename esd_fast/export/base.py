@@ -84,11 +84,14 @@ def of_file(file: TensorFile) -> Base:
 
 
 def of_pipeline(pipeline: Any, erasure: Erasure | None) -> Base:
+    from esd_fast.live import check_held, plain_module
     from esd_fast.models import source_of
     from esd_fast.parameters import plain_parameters
 
-    unet = {n: Lazy.of(p.detach()) for n, p in plain_parameters(pipeline.unet).items()}
-    original = erasure.original_of(pipeline.unet) if erasure else None
+    parameters = plain_parameters(plain_module(pipeline.unet))
+    check_held(parameters)
+    unet = {n: Lazy.of(p.detach()) for n, p in parameters.items()}
+    original = erasure.original_of(plain_module(pipeline.unet)) if erasure else None
     unet |= {n: Lazy.of(t) for n, t in (original or {}).items()}
     return Base(source_of(pipeline), unet, pipeline=pipeline)
 

@@ -146,9 +146,10 @@ def save_pipeline(pipeline: Any, merged: Merged, folder: Path) -> None:
     """diffusers' own writer, with the erased weights in place while it writes."""
     import torch
 
+    from esd_fast.live import plain_module
     from esd_fast.parameters import plain_parameters
 
-    parameters = plain_parameters(pipeline.unet)
+    parameters = plain_parameters(plain_module(pipeline.unet))
     before = {n: parameters[n].detach().clone() for n in merged.tensors}
     try:
         with torch.no_grad():
