@@ -216,6 +216,12 @@ def add_writing(command: argparse.ArgumentParser) -> None:
     say("--output", required=True, metavar="PATH", help="where it goes")
     say("--strength", type=float, default=1.0, metavar="X", help="of the erasure (default: 1)")
     say("--overwrite", action="store_true", help="replace what is there")
+    say(
+        "--config",
+        dest="model_config",
+        metavar="FOLDER",
+        help="a single file's configurations, for a folder of it (default: its family's)",
+    )
     say("--allow-other-base", action="store_true", help="onto a model that it was not trained on")
     say(
         "--allow-pickle", action="store_true", help="read files that can run code; trust them first"

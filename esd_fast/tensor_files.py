@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import mmap
-import pickle
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,23 +112,12 @@ def read_pickled(path: Path, allow_pickle: bool = False) -> dict[str, torch.Tens
     """The tensors of a pickled file by name; containers in it are joined with dots
     ({"a": {"weight": ..}} gives "a.weight"), and a "state_dict" around all is taken off.
 
-    Raises ValueError where it holds more than tensors and plain containers: that would run code.
-    `allow_pickle` runs it.
+    Raises ValueError where it is damaged, or holds more than tensors and plain containers: that
+    would run code. `allow_pickle` runs it.
     """
-    import torch
+    from .models.checkpoint import unpickled
 
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=not allow_pickle)
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0] if str(error) else "pickled objects"
-        raise ValueError(
-            f"{path} holds pickled objects besides tensors, and reading them runs code of whoever "
-            f"made the file ({reason}); --allow-pickle (allow_pickle=True) reads it where you "
-            "trust its maker"
-        ) from None
-    except (RuntimeError, EOFError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"{path} is no whole file of torch: {reason}") from None
+    content = unpickled(path, allow_pickle)
     found = dict(leaves(content))
     inner = "state_dict."
     if any(name.startswith(inner) for name in found):

@@ -38,6 +38,7 @@ def write(arguments: argparse.Namespace, format: str) -> int:
         overwrite=arguments.overwrite,
         allow_pickle=arguments.allow_pickle,
         allow_other_base=arguments.allow_other_base,
+        model_config=arguments.model_config,
         **{name: value for name, value in of_lora.items() if value is not None},
     )
     for note in done.notes:

@@ -48,12 +48,14 @@ def export(
     overwrite: bool = False,
     allow_pickle: bool = False,
     allow_other_base: bool = False,
+    model_config: str | None = None,
 ) -> Exported:
     """Write one erasure, or several merged, onto `model` in a format of FORMATS.
 
     `model`: a diffusers folder, a single file, a hub id, a live pipeline (the erasure may be in
     place there), or None for what the erasure was trained on, where that is a path or the embedded
-    model. `rank`, `energy` and `dtype` are a LoRA's: see lora.write_lora.
+    model. `model_config`: for a folder of a single file, the configurations of its components where
+    they are not its family's own. `rank`, `energy` and `dtype` are a LoRA's: see lora.write_lora.
     Raises ValueError or FileExistsError, with nothing written, for a bad argument, an erasure that
     does not fit, or a target that exists without `overwrite`.
     """
@@ -75,7 +77,7 @@ def export(
     if format == "delta":
         merged_erasure(merged).save(path)
     elif format == "diffusers":
-        notes += to_folder(base, merged, path, allow_pickle)
+        notes += to_folder(base, merged, path, allow_pickle, model_config)
     elif format == "single-file":
         from .whole_model import write_single_file
 
@@ -154,20 +156,22 @@ def merged_erasure(merged: Merged) -> Erasure:
     return Erasure(merged.tensors, manifest)
 
 
-def to_folder(base: Base, merged: Merged, path: Path, allow_pickle: bool) -> list[str]:
+def to_folder(
+    base: Base, merged: Merged, path: Path, allow_pickle: bool, model_config: str | None
+) -> list[str]:
     from dataclasses import replace
 
     from .whole_model import write_folder
 
     if base.file is not None:
-        base = replace(base, file=None, pipeline=pipeline_of(base))
+        base = replace(base, file=None, pipeline=pipeline_of(base, allow_pickle, model_config))
     left_out = write_folder(base, merged, path, allow_pickle)
     if not left_out:
         return []
     return [f"not copied, since they hold the model unerased: {', '.join(left_out)}"]
 
 
-def pipeline_of(base: Base) -> Any:
+def pipeline_of(base: Base, allow_pickle: bool, model_config: str | None) -> Any:
     """A single file as a pipeline, in the file's own dtype."""
     from collections import Counter
 
@@ -175,6 +179,13 @@ def pipeline_of(base: Base) -> Any:
     from esd_fast.models import load_model
 
     (dtype, _), *_ = Counter(t.dtype for t in base.unet.values()).most_common()
-    name = str(dtype).removeprefix("torch.")
-    config = EraseConfig(concept="none", dtype=name, device="cpu")
+    averages = any(key.startswith("model_ema.") for key in base.keys.values())
+    config = EraseConfig(
+        concept="none",
+        dtype=str(dtype).removeprefix("torch."),
+        device="cpu",
+        allow_pickle=allow_pickle,
+        ema="yes" if averages else "auto",
+        model_config=model_config,
+    )
     return load_model(base.source, config).pipeline

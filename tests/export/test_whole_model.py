@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -18,35 +18,20 @@ from esd_fast.export import export
 from esd_fast.export.base import weight_files
 
 from . import tiny
-from .tiny import applied, assert_same, erasure_of, original, state
+from .tiny import (
+    applied,
+    assert_same,
+    erasure_of,
+    images,
+    original,
+    pipeline_class,
+    read_single_file,
+    state,
+)
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation:DeprecationWarning", "ignore::FutureWarning"
 )
-
-
-def pipeline_class(family: str) -> Any:
-    return StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline
-
-
-def read_single_file(file: Path, family: str, config: Path, dtype: torch.dtype) -> Any:
-    return pipeline_class(family).from_single_file(
-        file, config=str(config), local_files_only=True, torch_dtype=dtype
-    )
-
-
-def images(pipe: Any) -> torch.Tensor:
-    # weights mapped from a file start anywhere, and oneDNN sums unaligned ones in another order
-    pipe = copy.deepcopy(pipe)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe(
-        "a cat",
-        num_inference_steps=2,
-        generator=torch.Generator().manual_seed(0),
-        height=64,
-        width=64,
-        output_type="pt",
-    ).images
 
 
 # ---------------------------------------------------------------------------- single files

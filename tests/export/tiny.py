@@ -175,3 +175,27 @@ def applied(family: str, erasure: Erasure, dtype: torch.dtype = torch.float32) -
     pipe = copy.deepcopy(original(family, dtype))
     erasure.apply(pipe)
     return pipe
+
+
+def pipeline_class(family: str) -> Any:
+    return StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline
+
+
+def read_single_file(file: Path, family: str, config: Path, dtype: torch.dtype) -> Any:
+    return pipeline_class(family).from_single_file(
+        file, config=str(config), local_files_only=True, torch_dtype=dtype
+    )
+
+
+def images(pipe: Any) -> torch.Tensor:
+    # weights mapped from a file start anywhere, and oneDNN sums unaligned ones in another order
+    pipe = copy.deepcopy(pipe)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(
+        "a cat",
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(0),
+        height=64,
+        width=64,
+        output_type="pt",
+    ).images
