@@ -9,6 +9,7 @@ from typing import Any
 
 from . import __version__
 from .config import CHOICES, PRESETS
+from .export import FORMATS
 from .parameters import METHODS
 
 MODELS = "a diffusers folder, checkpoint file or hub id (default: embedded)"
@@ -43,6 +44,9 @@ def parser() -> argparse.ArgumentParser:
     add_train(commands)
     add_generate(commands)
     add_verify(commands)
+    add_export(commands)
+    add_apply(commands)
+    add_diff(commands)
     add_info(commands)
     add_plan(commands)
     for command in commands.choices.values():
@@ -61,23 +65,53 @@ def add_train(commands: Any) -> None:
     )
     train.set_defaults(run=run_train)
     say = train.add_argument
-    say("--concept", required=True, help='what to erase, such as "cat" or "Van Gogh"')
-    say("--erase-from", metavar="PROMPT", help="erase the concept from this wider prompt only")
+    what = train.add_mutually_exclusive_group(required=True).add_argument
+    what(
+        "--concept",
+        "--erase_concept",
+        metavar="CONCEPT",
+        help='what to erase, such as "cat" or "Van Gogh"',
+    )
+    what("--prompt", metavar="CONCEPT", help="the same with the paper's recipe, see below")
+    say(
+        "--erase-from",
+        "--erase_from",
+        metavar="PROMPT",
+        help="erase the concept from this wider prompt only",
+    )
     add_loading(say, MODELS)
     say("--output", metavar="FOLDER", help="where results go (default: erased-CONCEPT)")
     say("--overwrite", action="store_true", help="replace the results of an earlier run there")
-    say("--preset", choices=list(PRESETS), default="fast", help="recipe (default: fast)")
-    say("--method", dest="train_method", metavar="METHOD", help="which weights train, see below")
+    say("--preset", choices=list(PRESETS), help="recipe (default: fast; with --prompt: paper)")
+    say(
+        "--method",
+        "--train_method",
+        dest="train_method",
+        metavar="METHOD",
+        help="which weights train, see below",
+    )
     say("--iterations", type=int, metavar="N", help="optimizer steps")
-    say("--batch-size", type=int, metavar="N", help="samples an optimizer step")
+    say("--batch-size", "--batchsize", type=int, metavar="N", help="samples an optimizer step")
     say("--learning-rate", "--lr", type=float, metavar="X", help="of the optimizer")
     say("--optimizer", choices=CHOICES["optimizer"], help="default: adam; 8bit: an extra")
     say("--weight-decay", type=float, metavar="X", help="of adamw (default: 0.01)")
     say("--max-grad-norm", type=float, metavar="X", help="gradients are clipped to it; 0: never")
-    say("--negative-guidance", type=float, metavar="X", help="how far to push from the concept")
+    say(
+        "--negative-guidance",
+        "--negative_guidance",
+        type=float,
+        metavar="X",
+        help="how far to push from the concept",
+    )
     say("--anchor", choices=CHOICES["anchor"], help="what the target starts from")
-    say("--guidance-scale", type=float, metavar="X", help="of the rollout")
-    say("--num-inference-steps", type=int, metavar="N", help="scheduler steps of a trajectory")
+    say("--guidance-scale", "--guidance_scale", type=float, metavar="X", help="of the rollout")
+    say(
+        "--num-inference-steps",
+        "--num_inference_steps",
+        type=int,
+        metavar="N",
+        help="scheduler steps of a trajectory",
+    )
     say("--keep-vocabulary", type=float, metavar="X", help="hold to other words' meaning; 0: off")
     say("--collect-batch-size", type=int, metavar="N", help="trajectories side by side")
     say("--vram", metavar="SIZE", help="memory to fit, such as 8GB (default: what is free)")
@@ -91,13 +125,29 @@ def add_train(commands: Any) -> None:
         "--keep-prompt", action="append", metavar="PROMPT", help="a row of the pictures; repeatable"
     )
     say("--pictures", type=int, metavar="N", help="columns of the before/after grid; 0: none")
+    theirs = train.add_argument_group(
+        "options of the reference's scripts",
+        "Their command lines work as they are: the spellings with underscores above, and these.",
+    ).add_argument
+    theirs(
+        "--save_path", metavar="FOLDER", help="the delta, where the scripts write it, and the run"
+    )
+    theirs("--start_guidance", type=float, metavar="X", help="with --prompt: --guidance-scale")
+    theirs("--image_size", type=int, metavar="PIXELS", help="with --prompt: --resolution")
+    theirs("--ddim_steps", type=int, metavar="N", help="with --prompt: --num-inference-steps")
+    theirs("--seperator", metavar="TEXT", help="with --prompt: what stands between its words")
+    theirs("--devices", metavar="N,N", help="with --prompt: the first is --device")
+    theirs("--ckpt_path", metavar="FILE", help="with --prompt: --model")
+    theirs("--regularize", type=float, metavar="X", help="with --prompt: 0")
+    for unused in ("--config_path", "--diffusers_config_path"):
+        theirs(unused, help=argparse.SUPPRESS)
 
 
 def add_loading(
     say: Callable[..., Any],
     models: str,
     required: bool = False,
-    names: tuple[str, ...] = ("--model",),
+    names: tuple[str, ...] = ("--model", "--basemodel_id"),
 ) -> None:
     """What a model is and how it is read."""
     say(*names, metavar="MODEL", required=required, help=models)
@@ -223,6 +273,68 @@ def add_verify(commands: Any) -> None:
     say("--device", default="auto", metavar="DEVICE")
 
 
+def add_export(commands: Any) -> None:
+    export = commands.add_parser(
+        "export",
+        help="an erasure, or several in one, for other programs",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="formats:\n" + "\n".join(f"  {n:<14} {text}" for n, text in FORMATS.items()),
+    )
+    export.set_defaults(run=run_export)
+    say = export.add_argument
+    say("--format", required=True, choices=list(FORMATS), help="see below")
+    add_writing(export)
+    say("--rank", type=int, metavar="N", help="of a LoRA (default: 64)")
+    say("--energy", type=float, metavar="X", help="or the least rank that keeps X (0 to 1) of it")
+    say("--dtype", choices=CHOICES["dtype"][1:], help="of a LoRA (default: float16)")
+
+
+def add_apply(commands: Any) -> None:
+    apply = commands.add_parser(
+        "apply",
+        help="write a model with erasures in it",
+        description="A single file (.safetensors, .ckpt) gives a single file with the same keys; a "
+        "diffusers folder or hub id gives a folder.",
+    )
+    apply.set_defaults(run=run_apply)
+    add_writing(apply)
+
+
+def add_writing(command: argparse.ArgumentParser) -> None:
+    say = command.add_argument
+    say("erasures", nargs="+", metavar="ERASURE", help="delta files, or folders of runs")
+    say("--model", metavar="MODEL", help="a folder, file or hub id (default: the erasure's own)")
+    say("--output", required=True, metavar="PATH", help="where it goes")
+    say("--strength", type=float, default=1.0, metavar="X", help="of the erasure (default: 1)")
+    say("--overwrite", action="store_true", help="replace what is there")
+    say(
+        "--config",
+        dest="model_config",
+        metavar="FOLDER",
+        help="a single file's configurations, for a folder of it (default: its family's)",
+    )
+    say("--allow-other-base", action="store_true", help="onto a model that it was not trained on")
+    say(
+        "--allow-pickle", action="store_true", help="read files that can run code; trust them first"
+    )
+
+
+def add_diff(commands: Any) -> None:
+    diff = commands.add_parser(
+        "diff",
+        help="what differs between two checkpoints",
+        description="Folders, hub ids, single files or deltas. Exit code 1 where they differ.",
+    )
+    diff.set_defaults(run=run_diff)
+    say = diff.add_argument
+    say("a")
+    say("b")
+    say("--json", action="store_true", help="every tensor, as JSON")
+    say(
+        "--allow-pickle", action="store_true", help="read files that can run code; trust them first"
+    )
+
+
 def add_info(commands: Any) -> None:
     info = commands.add_parser("info", help="what an erasure is, what a model is, what runs here")
     info.set_defaults(run=run_info)
@@ -268,6 +380,24 @@ def run_verify(arguments: argparse.Namespace) -> int:
     from .commands.verify import verify
 
     return verify(arguments)
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    from .commands.export import export
+
+    return export(arguments)
+
+
+def run_apply(arguments: argparse.Namespace) -> int:
+    from .commands.export import apply
+
+    return apply(arguments)
+
+
+def run_diff(arguments: argparse.Namespace) -> int:
+    from .commands.export import diff
+
+    return diff(arguments)
 
 
 def run_info(arguments: argparse.Namespace) -> int:

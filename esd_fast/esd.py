@@ -16,6 +16,7 @@ from .engine import engaged, layout_for
 from .erasure import Erasure, fingerprint, versions
 from .fit import FitStep, Fitter, NonFiniteLoss, shuffled
 from .graphed_steps import RunGraphs
+from .live import onloading
 from .models import Model, PromptSet, load_model
 from .objective import Objective
 from .optimizers import described, make_optimizer
@@ -64,6 +65,7 @@ def erase(
     return run(load_model(model, config), config, on_progress=on_progress, on_step=on_step)
 
 
+@onloading
 @torch.inference_mode(False)  # whatever the caller's mode, training needs gradients
 @torch.enable_grad()
 def run(

@@ -10,6 +10,7 @@ import torch
 
 from esd_fast import processor
 from esd_fast.demo import is_embedded, model_path
+from esd_fast.live import check_workable
 
 from .base import Conditioning, Described, Family, Model, PromptSet
 from .checkpoint import SUFFIXES
@@ -103,6 +104,7 @@ def check_source(source: str) -> None:
 
 def check_live(pipeline: Any, config: EraseConfig) -> None:
     """A caller's pipeline is never converted or moved behind his back."""
+    check_workable(pipeline)
     have, want = str(pipeline.unet.dtype).removeprefix("torch."), config.dtype
     if want not in ("auto", have):
         raise ValueError(f"dtype is {want!r}, the pipeline is {have}; load it with torch_dtype")

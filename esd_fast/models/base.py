@@ -8,6 +8,8 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
+from esd_fast.live import plain_module
+
 
 @dataclass(frozen=True)
 class Conditioning:
@@ -126,7 +128,7 @@ class Model:
 
     @property
     def unet(self) -> torch.nn.Module:
-        return self.pipeline.unet
+        return plain_module(self.pipeline.unet)
 
     @property
     def device(self) -> torch.device:
