@@ -1,14 +1,10 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 
 #include "tensor_view.h"
 
 namespace esd::cuda {
-
-// Empty where this build's CUDA runtime can use the driver and a device is there; the reason otherwise.
-std::string unavailable();
 
 // How many floats of scratch memory guidance_loss needs.
 std::int64_t guidance_loss_scratch(std::int64_t batch, std::int64_t elements);

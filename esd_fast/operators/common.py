@@ -76,6 +76,16 @@ def triton(module: str, name: str) -> Implementation:
     return run
 
 
+def typed_pointer(x: Tensor) -> tuple[int, int]:
+    """Address and dtype code: what the native module is told of a tensor."""
+    return x.data_ptr(), DTYPE_CODES[x.dtype]
+
+
+def device_and_stream(x: Tensor) -> tuple[int, int]:
+    """The number of x's CUDA device, and the address of the current stream there."""
+    return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
+
+
 def check_dtype(name: str, value: Tensor) -> None:
     if value.dtype not in DTYPES:
         raise ValueError(f"{name}: dtype {value.dtype}: use float32, bfloat16 or float16")

@@ -119,7 +119,7 @@ def pointers(
     per_sample = torch.empty(batch, dtype=torch.float32, device=student.device)
     gradient = torch.empty_like(student)
     arguments = (
-        *((x.data_ptr(), common.DTYPE_CODES[x.dtype]) for x in (student, anchor, concept, null)),
+        *(common.typed_pointer(x) for x in (student, anchor, concept, null)),
         *(x.data_ptr() for x in (negative_guidance, weight, loss, per_sample, gradient)),
         batch,
         student.numel() // batch,
@@ -146,8 +146,9 @@ def native_cuda(
         dtype=torch.float32,
         device=student.device,
     )
-    stream = torch.cuda.current_stream(student.device).cuda_stream
-    common.native().guidance_loss_cuda(*arguments, scratch.data_ptr(), student.device.index, stream)
+    common.native().guidance_loss_cuda(
+        *arguments, scratch.data_ptr(), *common.device_and_stream(student)
+    )
     return results
 
 
