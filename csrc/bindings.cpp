@@ -72,8 +72,7 @@ void guidance_loss_cuda(const Tensor& student, const Tensor& anchor, const Tenso
 
 esd::cuda::GroupNormSiluArgs group_norm_silu_args(const Tensor& x, const Tensor& weight, const Tensor& bias,
                                                   std::int64_t batch, std::int64_t rows, std::int64_t channels,
-                                                  int groups, bool silu,
-                                                  std::initializer_list<std::uintptr_t> others) {
+                                                  int groups, bool silu, std::initializer_list<std::uintptr_t> others) {
   for (std::uintptr_t address : {x.first, weight.first, bias.first})
     if (address == 0) throw std::invalid_argument("group_norm_silu: a tensor without memory");
   for (std::uintptr_t address : others)
@@ -100,8 +99,8 @@ void group_norm_silu_cuda(const Tensor& x, const Tensor& weight, const Tensor& b
 
 // grad_weight and grad_bias are both 0 where they are not wanted.
 void group_norm_silu_backward_cuda(const Tensor& x, const Tensor& weight, const Tensor& bias, std::int64_t batch,
-                                   std::int64_t rows, std::int64_t channels, int groups, bool silu,
-                                   std::uintptr_t grad, std::uintptr_t mean, std::uintptr_t rstd, std::uintptr_t grad_x,
+                                   std::int64_t rows, std::int64_t channels, int groups, bool silu, std::uintptr_t grad,
+                                   std::uintptr_t mean, std::uintptr_t rstd, std::uintptr_t grad_x,
                                    std::uintptr_t grad_weight, std::uintptr_t grad_bias, std::uintptr_t scratch,
                                    int device, std::uintptr_t stream) {
   const auto args =

@@ -11,19 +11,18 @@
 //
 // Variances are sums of squared distances from each thread's own running mean (Welford 1962), put together
 // afterwards (Chan, Golub and LeVeque 1983): sums of plain squares lose everything where the mean is large.
-#include "cuda/group_norm_silu.h"
-
 #include <numeric>
 
 #include "cuda/common.cuh"
+#include "cuda/group_norm_silu.h"
 
 namespace esd::cuda {
 namespace {
 
-constexpr int line = 128;         // bytes of a row that a tile has at least, where there are as many
-constexpr int max_vectors = 64;   // threads side by side in a row of a tile
-constexpr int max_groups = 72;    // that a tile touches: make_tiling checks
-constexpr int least_depth = 8;    // rows that a thread takes
+constexpr int line = 128;           // bytes of a row that a tile has at least, where there are as many
+constexpr int max_vectors = 64;     // threads side by side in a row of a tile
+constexpr int max_groups = 72;      // that a tile touches: make_tiling checks
+constexpr int least_depth = 8;      // rows that a thread takes
 constexpr int max_row_tiles = 128;  // as long as memory goes: more only makes more sums to add up
 
 // How an (N, S, C) tensor is cut up. Filled in by make_tiling.
@@ -50,11 +49,19 @@ struct Parameters {
   DType of_weight, of_bias;
 };
 
-__device__ inline float parameter(const void* values, DType dtype, int channel) {
+template <typename T, int count>
+__device__ inline void read_as(const void* values, int channel, float (&into)[count]) {
+#pragma unroll
+  for (int k = 0; k < count; ++k) into[k] = to_float(static_cast<const T*>(values)[channel + k]);
+}
+
+// into: the parameter of `channel` and of those behind it.
+template <int count>
+__device__ inline void read_parameter(const void* values, DType dtype, int channel, float (&into)[count]) {
   switch (dtype) {
-    case DType::bfloat16: return to_float(static_cast<const __nv_bfloat16*>(values)[channel]);
-    case DType::float16: return to_float(static_cast<const __half*>(values)[channel]);
-    default: return static_cast<const float*>(values)[channel];
+    case DType::float32: return read_as<float>(values, channel, into);
+    case DType::bfloat16: return read_as<__nv_bfloat16>(values, channel, into);
+    case DType::float16: return read_as<__half>(values, channel, into);
   }
 }
 
@@ -90,9 +97,7 @@ struct Tile {
 
   // Where the thread's channels are in shared memory that holds (rows_at_once, width).
   __device__ int place(const Tiling& t) const { return row * t.width + channel - begin; }
-  __device__ int rows_used(const Tiling& t) const {
-    return int(min(std::int64_t(t.rows_at_once), height));
-  }
+  __device__ int rows_used(const Tiling& t) const { return int(min(std::int64_t(t.rows_at_once), height)); }
 };
 
 // Column tiles [from, to] that a group reaches into.
@@ -145,6 +150,7 @@ __device__ inline void tile_moments(const T* __restrict__ x, const Tiling& t, co
   if (tile.active) {
     float mean[width] = {}, square[width] = {};
     float count = 0;
+#pragma unroll 2  // two loads on their way
     for (std::int64_t row = tile.row; row < tile.height; row += t.rows_at_once) {
       const auto values = load<width>(x + tile.first + row * t.channels + tile.channel);
       count += 1;
@@ -236,13 +242,15 @@ __global__ void __launch_bounds__(threads)
   if (!tile.active) return;
 
   float level[width], factor[width], bias[width];
+  read_parameter(parameters.weight, parameters.of_weight, tile.channel, factor);
+  read_parameter(parameters.bias, parameters.of_bias, tile.channel, bias);
 #pragma unroll
   for (int k = 0; k < width; ++k) {
-    const int channel = tile.channel + k, group = channel / t.members - tile.first_group;
+    const int group = (tile.channel + k) / t.members - tile.first_group;
     level[k] = means[group];
-    factor[k] = rstds[group] * parameter(parameters.weight, parameters.of_weight, channel);
-    bias[k] = parameter(parameters.bias, parameters.of_bias, channel);
+    factor[k] *= rstds[group];
   }
+#pragma unroll 2
   for (std::int64_t row = tile.row; row < tile.height; row += t.rows_at_once) {
     const std::int64_t place = tile.first + row * t.channels + tile.channel;
     const auto values = load<width>(x + place);
@@ -265,14 +273,13 @@ struct Channels {
 
   __device__ Channels(const Tiling& t, const Tile& tile, const Parameters& parameters, const float* __restrict__ means,
                       const float* __restrict__ rstds) {
+    read_parameter(parameters.weight, parameters.of_weight, tile.channel, weight);
+    read_parameter(parameters.bias, parameters.of_bias, tile.channel, bias);
 #pragma unroll
     for (int k = 0; k < width; ++k) {
-      const int channel = tile.channel + k;
-      const auto group = tile.sample * t.groups + channel / t.members;
+      const auto group = tile.sample * t.groups + (tile.channel + k) / t.members;
       mean[k] = means[group];
       rstd[k] = rstds[group];
-      weight[k] = parameter(parameters.weight, parameters.of_weight, channel);
-      bias[k] = parameter(parameters.bias, parameters.of_bias, channel);
     }
   }
 
@@ -314,6 +321,7 @@ __device__ inline void tile_sums(const T* __restrict__ grad, const T* __restrict
   if (tile.active) {
     const Channels<width> of(t, tile, parameters, means, rstds);
     float plain[width] = {}, product[width] = {};
+#pragma unroll 2  // two loads on their way
     for (std::int64_t row = tile.row; row < tile.height; row += t.rows_at_once) {
       const std::int64_t place = tile.first + row * t.channels + tile.channel;
       const auto values = load<width>(x + place), grads = load<width>(grad + place);
@@ -345,9 +353,10 @@ __device__ inline void tile_sums(const T* __restrict__ grad, const T* __restrict
       for_bias[place] = sums.plain;
       for_weight[place] = sums.product;
     }
-    const float weight = parameter(parameters.weight, parameters.of_weight, channel);
-    plains[c] = weight * sums.plain;
-    products[c] = weight * sums.product;
+    float weight[1];
+    read_parameter(parameters.weight, parameters.of_weight, channel, weight);
+    plains[c] = weight[0] * sums.plain;
+    products[c] = weight[0] * sums.product;
   }
   __syncthreads();
   for (int group = tile.first_group + int(threadIdx.x) / warp; group <= tile.last; group += warps) {
@@ -422,6 +431,7 @@ __global__ void __launch_bounds__(threads)
     level[k] = levels[group];
     slope[k] = slopes[group];
   }
+#pragma unroll 2
   for (std::int64_t row = tile.row; row < tile.height; row += t.rows_at_once) {
     const std::int64_t place = tile.first + row * t.channels + tile.channel;
     const auto values = load<width>(x + place), grads = load<width>(grad + place);

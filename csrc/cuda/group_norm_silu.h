@@ -16,14 +16,14 @@ struct GroupNormSiluArgs {
 };
 
 struct GroupNormSiluResults {
-  std::uintptr_t y;   // (N, S, C), x's dtype
+  std::uintptr_t y;    // (N, S, C), x's dtype
   float *mean, *rstd;  // (N, groups)
 };
 
 struct GroupNormSiluGradients {
-  std::uintptr_t grad;           // (N, S, C), x's dtype: the gradient of y
-  const float *mean, *rstd;      // (N, groups), what the forward wrote
-  std::uintptr_t x;              // (N, S, C), x's dtype, written
+  std::uintptr_t grad;          // (N, S, C), x's dtype: the gradient of y
+  const float *mean, *rstd;     // (N, groups), what the forward wrote
+  std::uintptr_t x;             // (N, S, C), x's dtype, written
   std::uintptr_t weight, bias;  // (C,), each of its parameter's dtype, written; both 0: not wanted
 };
 

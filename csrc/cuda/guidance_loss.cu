@@ -1,8 +1,7 @@
 // One pass over the four predictions writes the gradient and one partial sum a block; a second, single
 // block adds the partial sums up. Both in a fixed order, without atomics: two runs agree in every bit.
-#include "cuda/guidance_loss.h"
-
 #include "cuda/common.cuh"
+#include "cuda/guidance_loss.h"
 
 namespace esd::cuda {
 namespace {

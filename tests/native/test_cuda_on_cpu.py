@@ -31,7 +31,8 @@ def module(tmp_path, pytestconfig):
     command += ["-I", pybind11.get_include(), "-I", sysconfig.get_path("include")]
     sources = [csrc / "bindings.cpp", *csrc.glob("cpu/*.cpp"), "-x", "c++", *csrc.glob("cuda/*.cu")]
     path = tmp_path / "_native.so"
-    done = subprocess.run([*command, "-o", path, *sources], capture_output=True, text=True)
+    command += ["-o", path, *sources]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return path
 
@@ -41,7 +42,8 @@ def test_cuda_kernels_on_the_cpu(module, run_python):
     output = run_python(
         *("-m", "pytest", "-q", "tests/native/cuda_on_cpu/kernels.py"),
         ESD_CUDA_ON_CPU=str(module),
-        LD_PRELOAD=library("libasan.so"),
+        # the second so that the first finds the exceptions it is to watch
+        LD_PRELOAD=f"{library('libasan.so')} {library('libstdc++.so.6')}",
         # Python keeps memory to the end; fresh memory is 0xffff..., a NaN in every dtype
         ASAN_OPTIONS="detect_leaks=0:max_malloc_fill_size=1000000000:malloc_fill_byte=255",
         OMP_NUM_THREADS="1",

@@ -176,7 +176,7 @@ def test_loss_matches_float64(guidance_case):
     guidance_case.check(ops.guidance_loss)
 
 
-@pytest.mark.parametrize("dtypes", itertools.product([F32, BF16, F16], repeat=2), ids=str)
+@pytest.mark.parametrize("dtypes", list(itertools.product([F32, BF16, F16], repeat=2)))
 @pytest.mark.parametrize("shape", [(2, 4, 6, 10), (3, 4, 5, 7), (5, 3)])
 def test_loss_of_misaligned_tensors(shape, dtypes, guidance_arguments):
     *predictions, n, weight = guidance_arguments(shape, *dtypes)
