@@ -546,7 +546,7 @@ std::int64_t group_norm_silu_scratch(std::int64_t batch, std::int64_t rows, std:
 
 void group_norm_silu(const GroupNormSiluArgs& args, const GroupNormSiluResults& results, float eps, float* scratch,
                      int device, std::uintptr_t stream) {
-  const DeviceGuard guard(device);
+  use_device(device);
   with_width(args, results.y, [&](auto* type, auto width) {
     using T = std::remove_pointer_t<decltype(type)>;
     const Tiling t = make_tiling(args.batch, args.rows, args.channels, args.groups, width, sizeof(T));
@@ -563,7 +563,7 @@ void group_norm_silu(const GroupNormSiluArgs& args, const GroupNormSiluResults& 
 
 void group_norm_silu_backward(const GroupNormSiluArgs& args, const GroupNormSiluGradients& gradients, float* scratch,
                               int device, std::uintptr_t stream) {
-  const DeviceGuard guard(device);
+  use_device(device);
   with_width(args, gradients.grad | gradients.x, [&](auto* type, auto width) {
     using T = std::remove_pointer_t<decltype(type)>;
     const Tiling t = make_tiling(args.batch, args.rows, args.channels, args.groups, width, sizeof(T));

@@ -31,7 +31,7 @@ struct GroupNormSiluGradients {
 std::int64_t group_norm_silu_scratch(std::int64_t batch, std::int64_t rows, std::int64_t channels, int groups,
                                      DType of_x, bool parameters);
 
-// Everything is enqueued on `stream` of device `device`; nothing is waited for.
+// Everything is enqueued on `stream` of `device`, the caller's current one; nothing is waited for.
 void group_norm_silu(const GroupNormSiluArgs& args, const GroupNormSiluResults& results, float eps, float* scratch,
                      int device, std::uintptr_t stream);
 void group_norm_silu_backward(const GroupNormSiluArgs& args, const GroupNormSiluGradients& gradients, float* scratch,

@@ -100,7 +100,7 @@ std::int64_t guidance_loss_scratch(std::int64_t batch, std::int64_t elements) {
 void guidance_loss(const GuidanceLossArgs& args, float* scratch, int device, std::uintptr_t stream) {
   if (args.anchor.dtype != args.concept_.dtype || args.anchor.dtype != args.null.dtype)
     throw std::invalid_argument("guidance_loss: the three teacher predictions must share one dtype");
-  const DeviceGuard guard(device);
+  use_device(device);
   with_type(args.student.dtype, [&](auto* s) {
     with_type(args.anchor.dtype, [&](auto* t) {
       run<std::remove_pointer_t<decltype(s)>, std::remove_pointer_t<decltype(t)>>(args, scratch, stream);

@@ -6,7 +6,8 @@ import functools
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,9 +82,11 @@ def typed_pointer(x: Tensor) -> tuple[int, int]:
     return x.data_ptr(), DTYPE_CODES[x.dtype]
 
 
-def device_and_stream(x: Tensor) -> tuple[int, int]:
-    """The number of x's CUDA device, and the address of the current stream there."""
-    return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
+@contextmanager
+def on_device_of(x: Tensor) -> Iterator[tuple[int, int]]:
+    """Within: x's CUDA device is the current one. Its number, and the address of its current stream."""
+    with torch.cuda.device(x.device):
+        yield x.device.index, torch.cuda.current_stream(x.device).cuda_stream
 
 
 def check_dtype(name: str, value: Tensor) -> None:

@@ -91,14 +91,15 @@ def cuda_forward(
     y = torch.empty_like(x, memory_format=torch.channels_last)
     mean, rstd = (x.new_empty((x.shape[0], groups), dtype=torch.float32) for _ in range(2))
     scratch = cuda_scratch(x, groups, False)
-    common.native().group_norm_silu_cuda(
-        *(common.typed_pointer(t) for t in (x, weight, bias)),
-        *cuda_sizes(x, groups),
-        silu,
-        eps,
-        *(t.data_ptr() for t in (y, mean, rstd, scratch)),
-        *common.device_and_stream(x),
-    )
+    with common.on_device_of(x) as device_and_stream:
+        common.native().group_norm_silu_cuda(
+            *(common.typed_pointer(t) for t in (x, weight, bias)),
+            *cuda_sizes(x, groups),
+            silu,
+            eps,
+            *(t.data_ptr() for t in (y, mean, rstd, scratch)),
+            *device_and_stream,
+        )
     return y, mean, rstd
 
 
@@ -120,13 +121,15 @@ def cuda_backward(
     size = x.shape[1] if parameters else 0
     grad_weight, grad_bias = weight.new_empty(size), bias.new_empty(size)
     scratch = cuda_scratch(x, groups, parameters)
-    common.native().group_norm_silu_backward_cuda(
-        *(common.typed_pointer(t) for t in (x, weight, bias)),
-        *cuda_sizes(x, groups),
-        silu,
-        *(t.data_ptr() for t in (grad, mean, rstd, grad_x, grad_weight, grad_bias, scratch)),
-        *common.device_and_stream(x),
-    )
+    results = (grad_x, grad_weight, grad_bias)
+    with common.on_device_of(x) as device_and_stream:
+        common.native().group_norm_silu_backward_cuda(
+            *(common.typed_pointer(t) for t in (x, weight, bias)),
+            *cuda_sizes(x, groups),
+            silu,
+            *(t.data_ptr() for t in (grad, mean, rstd, *results, scratch)),
+            *device_and_stream,
+        )
     return grad_x.to(dtype), grad_weight, grad_bias
 
 

@@ -146,9 +146,8 @@ def native_cuda(
         dtype=torch.float32,
         device=student.device,
     )
-    common.native().guidance_loss_cuda(
-        *arguments, scratch.data_ptr(), *common.device_and_stream(student)
-    )
+    with common.on_device_of(student) as device_and_stream:
+        common.native().guidance_loss_cuda(*arguments, scratch.data_ptr(), *device_and_stream)
     return results
 
 

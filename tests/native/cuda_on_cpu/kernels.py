@@ -4,6 +4,7 @@ tests/native/test_cuda_on_cpu.py runs this file in a process of its own, with th
 ends where its memory ends, and fresh memory is full of NaNs. Each launch takes blocks and threads in another order.
 """
 
+import contextlib
 import importlib.util
 import itertools
 import os
@@ -26,7 +27,7 @@ def native(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setitem(sys.modules, "esd_fast._native", module)
-    monkeypatch.setattr(common, "device_and_stream", lambda _: (0, 0))
+    monkeypatch.setattr(common, "on_device_of", lambda _: contextlib.nullcontext((0, 0)))
     for op, entry in ops._OPS.items():
         swapped = ops._Op(**{**vars(entry), "native_cpu": entry.native_cuda})
         monkeypatch.setitem(ops._OPS, op, swapped)
