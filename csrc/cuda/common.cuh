@@ -19,7 +19,8 @@
 namespace esd::cuda {
 namespace {
 
-constexpr int threads = 256;  // of every block
+constexpr int threads = 256;     // of every block
+constexpr int least_blocks = 2;  // at once on a multiprocessor: leaves a thread 128 registers, and so no spills
 constexpr int warp = 32;
 constexpr int warps = threads / warp;
 constexpr int access = 16;  // bytes, the widest there is

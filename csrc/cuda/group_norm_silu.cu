@@ -185,7 +185,7 @@ __device__ inline void tile_moments(const T* __restrict__ x, const Tiling& t, co
 
 // tile_means, tile_squares: (N, row_tiles, parts, G), written.
 template <typename T, int width>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, least_blocks)
     group_norm_moments_kernel(const T* __restrict__ x, float* __restrict__ tile_means, float* __restrict__ tile_squares,
                               Tiling t) {
   const Tile tile(t, width);
@@ -215,7 +215,7 @@ __device__ inline Moments moments_of_tiles(const float* __restrict__ tile_means,
 // whole: the moments are the tile's own; otherwise they are put together from tile_means and tile_squares.
 // y, mean and rstd are written.
 template <typename T, int width, bool whole>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, least_blocks)
     group_norm_silu_kernel(const T* __restrict__ x, Parameters parameters, const float* __restrict__ tile_means,
                            const float* __restrict__ tile_squares, T* __restrict__ y, float* __restrict__ mean,
                            float* __restrict__ rstd, Tiling t, float eps, bool silu) {
@@ -368,7 +368,7 @@ __device__ inline void tile_sums(const T* __restrict__ grad, const T* __restrict
 
 // tile_plains, tile_products: (N, row_tiles, parts, G), written.
 template <typename T, int width>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, least_blocks)
     group_norm_silu_sums_kernel(const T* __restrict__ grad, const T* __restrict__ x, Parameters parameters,
                                 const float* __restrict__ mean, const float* __restrict__ rstd,
                                 float* __restrict__ tile_plains, float* __restrict__ tile_products,
@@ -399,7 +399,7 @@ __device__ inline Sums sums_of_tiles(const float* __restrict__ tile_plains, cons
 // whole: the sums are the tile's own, and for_bias and for_weight are written; otherwise they are put together
 // from tile_plains and tile_products. grad_x is written.
 template <typename T, int width, bool whole>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, least_blocks)
     group_norm_silu_gradient_kernel(const T* __restrict__ grad, const T* __restrict__ x, Parameters parameters,
                                     const float* __restrict__ mean, const float* __restrict__ rstd,
                                     const float* __restrict__ tile_plains, const float* __restrict__ tile_products,
@@ -455,7 +455,7 @@ __device__ inline void store_parameter(void* values, DType dtype, int channel, f
 }
 
 // for_bias, for_weight: (tiles, C); grad_weight, grad_bias: (C,), written. A lane a channel, a warp some tiles.
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, least_blocks)
     group_norm_silu_parameters_kernel(const float* __restrict__ for_bias, const float* __restrict__ for_weight,
                                       void* __restrict__ grad_weight, void* __restrict__ grad_bias, DType of_weight,
                                       DType of_bias, std::int64_t tiles, int channels) {

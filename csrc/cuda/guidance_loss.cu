@@ -11,7 +11,7 @@ constexpr int widest = 8;  // elements a thread takes at once: 16 bytes of the n
 
 // S: dtype of student and gradient, T: dtype of the three teacher predictions, width: elements at once.
 template <typename S, typename T, int width>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, least_blocks)
     guidance_loss_kernel(const S* __restrict__ student, const T* __restrict__ anchor, const T* __restrict__ concept_,
                          const T* __restrict__ null, const float* __restrict__ negative_guidance,
                          const float* __restrict__ weight, S* __restrict__ gradient, float* __restrict__ partial_sums,
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(threads)
   if (threadIdx.x == 0) partial_sums[blockIdx.x] = total;
 }
 
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, least_blocks)
     guidance_loss_sums_kernel(const float* __restrict__ partial_sums, const float* __restrict__ weight,
                               float* __restrict__ per_sample, float* __restrict__ loss, std::int64_t batch, int blocks,
                               float elements) {
