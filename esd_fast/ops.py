@@ -107,6 +107,7 @@ class _Op:
     example: Callable[[torch.device], tuple[Any, ...]]  # small arguments to try a candidate with
     native_cpu: Implementation | None = None  # None: not written
     native_cuda: Implementation | None = None
+    more_examples: tuple[Callable[[torch.device], tuple[Any, ...]], ...] = ()
 
 
 def _implementation(op: str, way: str, device: torch.device) -> tuple[str, Implementation, str]:
@@ -126,14 +127,14 @@ def _implementation(op: str, way: str, device: torch.device) -> tuple[str, Imple
 
 
 def _why_wrong(op: str, run: Implementation, device: torch.device) -> str:
-    """Runs a candidate for the first time, on an example, and compares it with torch."""
-    example = _OPS[op].example
+    """Runs a candidate for the first time, on examples, and compares it with torch."""
+    entry = _OPS[op]
     try:
-        results = run(*example(device))  # an example each: an operator may write to its arguments
-        expected = _OPS[op].plain(*example(device))
         right = all(
             torch.allclose(x.float(), y.float(), rtol=1e-4, atol=1e-5)
-            for x, y in zip(results, expected, strict=True)
+            for example in (entry.example, *entry.more_examples)
+            # an example each: an operator may write to its arguments
+            for x, y in zip(run(*example(device)), entry.plain(*example(device)), strict=True)
         )
     except Exception as error:  # noqa: BLE001 -- whatever it is, another way does the work
         return f"failed when tried: {type(error).__name__}: {str(error).strip()[:200]}"
@@ -367,6 +368,7 @@ _OPS = {
         triton=_group_norm_silu.TRITON,
         example=_group_norm_silu.example,
         native_cuda=_group_norm_silu.NATIVE_CUDA,
+        more_examples=(_group_norm_silu.even_example,),
     ),
     "geglu": _Op(plain=_geglu.PLAIN, triton=_geglu.TRITON, example=_geglu.example),
 }

@@ -69,6 +69,10 @@ def example(device: torch.device) -> tuple[Any, ...]:
     return tuple(common.kernels("reference").group_norm_silu_example(device))
 
 
+def even_example(device: torch.device) -> tuple[Any, ...]:
+    return tuple(common.kernels("reference").group_norm_silu_even_example(device))
+
+
 # --- the native module: CUDA -------------------------------------------------------------------------
 
 
