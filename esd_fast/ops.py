@@ -29,6 +29,7 @@ from .operators import guided_step as _guided_step
 
 __all__ = [
     "OpPath",
+    "Way",
     "forced",
     "geglu",
     "group_norm_silu",
@@ -106,6 +107,7 @@ class _Op:
     example: Callable[[torch.device], tuple[Any, ...]]  # small arguments to try a candidate with
     native_cpu: Implementation | None = None  # None: not written
     native_cuda: Implementation | None = None
+    more_examples: tuple[Callable[[torch.device], tuple[Any, ...]], ...] = ()
 
 
 def _implementation(op: str, way: str, device: torch.device) -> tuple[str, Implementation, str]:
@@ -125,24 +127,39 @@ def _implementation(op: str, way: str, device: torch.device) -> tuple[str, Imple
 
 
 def _why_wrong(op: str, run: Implementation, device: torch.device) -> str:
-    """Runs a candidate for the first time, on an example, and compares it with torch."""
-    example = _OPS[op].example
+    """Runs a candidate for the first time, on examples, and compares it with torch."""
+    entry = _OPS[op]
     try:
-        results = run(*example(device))  # an example each: an operator may write to its arguments
-        expected = _OPS[op].plain(*example(device))
         right = all(
             torch.allclose(x.float(), y.float(), rtol=1e-4, atol=1e-5)
-            for x, y in zip(results, expected, strict=True)
+            for example in (entry.example, *entry.more_examples)
+            # an example each: an operator may write to its arguments
+            for x, y in zip(run(*example(device)), entry.plain(*example(device)), strict=True)
         )
     except Exception as error:  # noqa: BLE001 -- whatever it is, another way does the work
         return f"failed when tried: {type(error).__name__}: {str(error).strip()[:200]}"
     return "" if right else "gave wrong results when tried"
 
 
+# Operator: {compute capability: "triton" or "native"}, whichever took less time for forward and gradient in
+# `benchmarks/run.py kernels` on such a card, by the rows in benchmarks/results. None has been measured yet.
+_MEASURED_FASTER: dict[str, dict[tuple[int, int], str]] = {}
+
+
+def _preferred(op: str, device: torch.device) -> list[str]:
+    """The ways to try, in this order. On CUDA Triton comes first, a compiler for the very card, unless the
+    native kernels were measured to be faster on such a card."""
+    if device.type != "cuda":
+        return ["native", "torch"]
+    measured = _MEASURED_FASTER.get(op)
+    if measured and measured.get(torch.cuda.get_device_capability(device)) == "native":
+        return ["native", "triton", "torch"]
+    return ["triton", "native", "torch"]
+
+
 @functools.cache
 def _choose(op: str, device: torch.device, forced: str) -> OpPath:
-    # On CUDA Triton first: a compiler for the very card. The native kernels are for where it is missing.
-    ways = [forced] if forced else ["triton"] * (device.type == "cuda") + ["native", "torch"]
+    ways = [forced] if forced else _preferred(op, device)
     if forced == "native" and _implementation(op, forced, device)[2] == _NOT_WRITTEN:
         ways.append("torch")  # forced for the operators that have one
     skipped: dict[str, str] = {}
@@ -166,13 +183,27 @@ def path_of(op: str, device: torch.device | str = "cpu") -> OpPath:
     return _choose(op, device, _FORCED)
 
 
-def ways(op: str, device: torch.device | str = "cpu") -> dict[str, tuple[str, str]]:
-    """Every way to run `op` on `device`, for comparing them: its full name, and why it does not work,
-    '' where it does."""
+@dataclass(frozen=True)
+class Way:
+    """One way to run an operator on a device."""
+
+    name: str  # as OpPath.name
+    missing: str  # why it is not there, "" where it is
+    wrong: str  # why it failed or disagreed with torch when tried, "" where it did neither
+
+    @property
+    def why(self) -> str:
+        """Why it does not work, "" where it does."""
+        return self.missing or self.wrong
+
+
+def ways(op: str, device: torch.device | str = "cpu") -> dict[str, Way]:
+    """Every way to run `op` on `device`, for comparing them."""
     device, found = torch.device(device), {}
     for way in ("torch", "native", *(("triton",) if device.type == "cuda" else ())):
-        name, run, why = _implementation(op, way, device)
-        found[way] = name, why or ("" if way == "torch" else _why_wrong(op, run, device))
+        name, run, missing = _implementation(op, way, device)
+        tried = way != "torch" and not missing
+        found[way] = Way(name, missing, _why_wrong(op, run, device) if tried else "")
     return found
 
 
@@ -344,6 +375,8 @@ _OPS = {
         triton=_group_norm_silu.TRITON,
         example=_group_norm_silu.example,
         native_cpu=_group_norm_silu.NATIVE_CPU,
+        native_cuda=_group_norm_silu.NATIVE_CUDA,
+        more_examples=(_group_norm_silu.even_example,),
     ),
     "geglu": _Op(
         plain=_geglu.PLAIN,

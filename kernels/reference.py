@@ -145,13 +145,26 @@ def _channels(vector):  # (C,) -> (C, 1, 1)
 def group_norm_silu_example(device):
     """Small arguments that reach every branch of a kernel: tails of rows and of channels, more than one
     tile each way, groups of eleven across a tile's edge; and a gradient of y."""
+    return _norm_example((2, 66, 5, 13), 6, device)
+
+
+def group_norm_silu_even_example(device):
+    """The same for kernels that take channels four at a time: these are a multiple of it, on more rows."""
+    return _norm_example((1, 44, 15, 13), 4, device)
+
+
+def _norm_example(shape, groups, device):
+    n, channels, height, width = shape
     x, grad = (
-        torch.sin(torch.arange(2 * 66 * 5 * 13, device=device) * step + 1.0).view(2, 5, 13, 66)
+        torch.sin(torch.arange(n * channels * height * width, device=device) * step + 1.0)
+        .view(n, height, width, channels)
+        .permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W), channels_last
         for step in (0.7, 1.1)
     )
-    weight, bias = (torch.cos(torch.arange(66, device=device) * step + 1.0) for step in (0.3, 0.5))
-    # (N, H, W, C) -> (N, C, H, W), channels_last
-    return (x.permute(0, 3, 1, 2), weight, bias, 6, 1e-5, True), grad.permute(0, 3, 1, 2)
+    weight, bias = (
+        torch.cos(torch.arange(channels, device=device) * step + 1.0) for step in (0.3, 0.5)
+    )
+    return (x, weight, bias, groups, 1e-5, True), grad
 
 
 def geglu(x):

@@ -349,6 +349,61 @@ def test_a_broken_way_is_passed_over(native, why, monkeypatch, guidance_argument
     assert guidance_loss(*guidance_arguments())[0].isfinite()
 
 
+@pytest.mark.parametrize(
+    ("measured", "first"),
+    [
+        ({}, "triton"),
+        ({"guidance_loss": {(9, 0): "native"}}, "native"),
+        ({"guidance_loss": {(9, 0): "triton"}}, "triton"),
+        ({"guidance_loss": {(8, 6): "native"}}, "triton"),  # another card
+        ({"group_norm_silu": {(9, 0): "native"}}, "triton"),  # another operator
+    ],
+)
+def test_on_cuda_the_measured_way_comes_first(measured, first, monkeypatch):
+    monkeypatch.setattr(ops, "_MEASURED_FASTER", measured)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    tried = ops._preferred("guidance_loss", torch.device("cuda", 0))
+    assert tried[0] == first
+    assert sorted(tried[:2]) == ["native", "triton"]
+    assert tried[2:] == ["torch"]
+    assert ops._preferred("guidance_loss", torch.device("cpu")) == ["native", "torch"]
+
+
+@forced
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("first", ["triton", "native"])
+def test_the_other_way_is_tried_where_the_measured_one_fails(first, monkeypatch):
+    monkeypatch.setattr(ops, "_MEASURED_FASTER", {"guidance_loss": {(9, 0): first}})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(ops, "_implementation", lambda _, way, __: (way, None, ""))
+    monkeypatch.setattr(ops, "_why_wrong", lambda *_: next(said))
+    said = iter(("gave wrong results when tried", ""))
+    path = ops._choose("guidance_loss", torch.device("cuda", 0), "")
+    assert path.name != first
+    assert path.skipped == {first: "gave wrong results when tried"}
+
+
+def test_what_was_measured_names_operators_and_ways():
+    assert set(ops._MEASURED_FASTER) <= set(ops._OPS)
+    for op, of_cards in ops._MEASURED_FASTER.items():
+        assert set(of_cards.values()) <= {"triton", "native"}
+        assert ops._OPS[op].native_cuda is not None
+
+
+def test_ways_say_what_is_missing_and_what_is_wrong(monkeypatch):
+    native = ops.ways("guided_step")["native"]
+    assert (native.missing, native.wrong) == ("no native version of this operator", "")
+    assert native.why == native.missing
+    entry = vars(ops._OPS["guided_step"])
+    broken = ops._Op(**{**entry, "native_cpu": lambda *_: 1 / 0})
+    monkeypatch.setitem(ops._OPS, "guided_step", broken)
+    monkeypatch.setattr(ops, "_implementation", lambda *_: ("native", broken.native_cpu, ""))
+    native = ops.ways("guided_step")["native"]
+    assert native.missing == ""
+    assert native.why == native.wrong == "failed when tried: ZeroDivisionError: division by zero"
+    assert ops.ways("guided_step")["torch"].why == ""
+
+
 def test_unknown_operator():
     with pytest.raises(ValueError, match="op='no_such': use one of guidance_loss"):
         ops.path_of("no_such")

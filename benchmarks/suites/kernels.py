@@ -299,11 +299,11 @@ def paths_of(name: str, device: str) -> tuple[str, dict[str, str], dict[str, str
     """The chosen path's full name; the others that work (way: full name); and why the rest does not."""
     chosen = ops.path_of(name, device)
     working, missing = {}, {}
-    for way, (full, why) in ops.ways(name, device).items():
-        if why:
-            missing[way] = why
-        elif full != chosen.name:
-            working[way] = full
+    for way, found in ops.ways(name, device).items():
+        if found.why:
+            missing[way] = found.why
+        elif found.name != chosen.name:
+            working[way] = found.name
     return chosen.name, working, missing
 
 

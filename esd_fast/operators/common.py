@@ -6,7 +6,8 @@ import functools
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,18 @@ def address(
     if not x.is_contiguous(memory_format=memory_format):
         raise ValueError(f"{name}: strides {x.stride()}: use a {memory_format} tensor")
     return x.data_ptr(), DTYPE_CODES[x.dtype]
+
+
+def typed_pointer(x: Tensor) -> tuple[int, int]:
+    """Address and dtype code: what the native module is told of a tensor."""
+    return x.data_ptr(), DTYPE_CODES[x.dtype]
+
+
+@contextmanager
+def on_device_of(x: Tensor) -> Iterator[tuple[int, int]]:
+    """Within: x's CUDA device is the current one. Its number, and the address of its current stream."""
+    with torch.cuda.device(x.device):
+        yield x.device.index, torch.cuda.current_stream(x.device).cuda_stream
 
 
 def check_dtype(name: str, value: Tensor) -> None:

@@ -154,6 +154,77 @@ def example(device: torch.device) -> tuple[Any, ...]:
     return tuple(common.kernels("reference").group_norm_silu_example(device))
 
 
+def even_example(device: torch.device) -> tuple[Any, ...]:
+    return tuple(common.kernels("reference").group_norm_silu_even_example(device))
+
+
+# --- the native module: CUDA -------------------------------------------------------------------------
+
+
+def cuda_sizes(x: Tensor, groups: int) -> tuple[int, int, int, int]:
+    """x is (batch, rows, channels) in memory."""
+    batch, channels, height, width = x.shape
+    return batch, height * width, channels, groups
+
+
+def cuda_scratch(x: Tensor, groups: int, parameters: bool) -> Tensor:
+    floats = common.native().group_norm_silu_scratch(
+        common.typed_pointer(x), *cuda_sizes(x, groups), parameters
+    )
+    return torch.empty(floats, dtype=torch.float32, device=x.device)
+
+
+def cuda_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
+) -> tuple[Tensor, ...]:
+    y = torch.empty_like(x, memory_format=torch.channels_last)
+    mean, rstd = (x.new_empty((x.shape[0], groups), dtype=torch.float32) for _ in range(2))
+    scratch = cuda_scratch(x, groups, False)
+    with common.on_device_of(x) as device_and_stream:
+        common.native().group_norm_silu_cuda(
+            *(common.typed_pointer(t) for t in (x, weight, bias)),
+            *cuda_sizes(x, groups),
+            silu,
+            eps,
+            *(t.data_ptr() for t in (y, mean, rstd, scratch)),
+            *device_and_stream,
+        )
+    return y, mean, rstd
+
+
+def cuda_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    silu: bool,
+    parameters: bool,
+) -> tuple[Tensor, ...]:
+    dtype = x.dtype
+    if grad.dtype != dtype:  # compiled for one dtype of the two; autograd's are the same
+        grad, x = grad.float(), x.float()
+    grad_x = torch.empty_like(x, memory_format=torch.channels_last)
+    size = x.shape[1] if parameters else 0
+    grad_weight, grad_bias = weight.new_empty(size), bias.new_empty(size)
+    scratch = cuda_scratch(x, groups, parameters)
+    results = (grad_x, grad_weight, grad_bias)
+    with common.on_device_of(x) as device_and_stream:
+        common.native().group_norm_silu_backward_cuda(
+            *(common.typed_pointer(t) for t in (x, weight, bias)),
+            *cuda_sizes(x, groups),
+            silu,
+            *(t.data_ptr() for t in (grad, mean, rstd, *results, scratch)),
+            *device_and_stream,
+        )
+    return grad_x.to(dtype), grad_weight, grad_bias
+
+
+NATIVE_CUDA = pair(cuda_forward, cuda_backward)
+
+
 # --- for torch ---------------------------------------------------------------------------------------
 
 

@@ -130,7 +130,7 @@ def pointers(
     per_sample = torch.empty(batch, dtype=torch.float32, device=student.device)
     gradient = torch.empty_like(student)
     arguments = (
-        *((x.data_ptr(), common.DTYPE_CODES[x.dtype]) for x in (student, anchor, concept, null)),
+        *(common.typed_pointer(x) for x in (student, anchor, concept, null)),
         *(x.data_ptr() for x in (negative_guidance, weight, loss, per_sample, gradient)),
         batch,
         student.numel() // batch,
@@ -157,8 +157,8 @@ def native_cuda(
         dtype=torch.float32,
         device=student.device,
     )
-    stream = torch.cuda.current_stream(student.device).cuda_stream
-    common.native().guidance_loss_cuda(*arguments, scratch.data_ptr(), student.device.index, stream)
+    with common.on_device_of(student) as device_and_stream:
+        common.native().guidance_loss_cuda(*arguments, scratch.data_ptr(), *device_and_stream)
     return results
 
 

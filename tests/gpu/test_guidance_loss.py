@@ -7,17 +7,7 @@ from esd_fast import ops
 
 pytestmark = pytest.mark.gpu
 
-
-@pytest.fixture(params=["triton", "native", "torch"])
-def way(request, monkeypatch):
-    """Forces one way; skips with the reason where it cannot be taken."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    why = {"triton": ops._why_no_triton, "native": ops._why_no_native}.get(request.param)
-    if why is not None and why(device):
-        pytest.skip(why(device))
-    monkeypatch.setattr(ops, "_FORCED", request.param)
-    assert ops.path_of("guidance_loss", "cuda").name.startswith(request.param)
-    return request.param
+OP = "guidance_loss"  # for the fixture `way`
 
 
 @pytest.mark.usefixtures("way")
@@ -79,6 +69,14 @@ def test_current_stream_and_graph_capture(guidance_arguments):
         (gradient,) = torch.autograd.grad(loss, student)
     graph.replay()
     torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype, guidance_arguments):
+    student, *others = guidance_arguments((2, 3, 5), dtype, torch.float32, "cuda")
+    arguments = (student.requires_grad_(), *others, 2.0)
+    torch.library.opcheck(torch.ops.esd_fast.guidance_loss.default, arguments)
 
 
 def test_a_fast_way_is_taken():

@@ -7,16 +7,7 @@ from esd_fast import ops
 
 pytestmark = pytest.mark.gpu
 
-
-@pytest.fixture(params=["triton", "torch"])
-def way(request, monkeypatch):
-    """Forces one way; skips with the reason where it cannot be taken."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    if request.param == "triton" and ops._why_no_triton(device):
-        pytest.skip(ops._why_no_triton(device))
-    monkeypatch.setattr(ops, "_FORCED", request.param)
-    assert ops.path_of("guided_step", "cuda").name == request.param
-    return request.param
+OP = "guided_step"  # for the fixture `way`
 
 
 @pytest.mark.usefixtures("way")

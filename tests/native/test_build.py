@@ -1,5 +1,6 @@
 """The CMake build: CUDA is optional, demanded only by ESD_CUDA=ON, and the CUDA kernels fit the cards."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -49,4 +50,29 @@ def test_unknown_setting(configure):
 def test_cuda_kernels_do_not_spill(run_python):
     output = run_python("benchmarks/compile_kernels.py", "cuda")
     assert "sm_120" in output
-    assert "guidance_loss<float, float, 8>" in output
+    for kernel in (
+        "guidance_loss<float, float, 8>",
+        "group_norm_moments<bfloat16, 8>",
+        "group_norm_silu<bfloat16, 8, true>",
+        "group_norm_silu_gradient<float, 4, false>",
+    ):
+        assert kernel in output
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc not installed")
+@pytest.mark.parametrize("name", ["group_norm_silu", "guidance_loss"])
+def test_cuda_kernels_access_16_bytes_at_once(name, tmp_path, pytestconfig):
+    csrc = pytestconfig.rootpath / "csrc"
+    command = ["nvcc", "-ptx", "-arch=compute_75", "-std=c++17", "-O3", "-I", csrc]
+    command += ["-o", tmp_path / "kernels.ptx", csrc / "cuda" / f"{name}.cu"]
+    subprocess.run(command, check=True, capture_output=True)
+    _, *kernels = (tmp_path / "kernels.ptx").read_text().split(".entry ")
+    wide = [
+        k for k in kernels if re.match(r"\w+Li[48]E", k)
+    ]  # by their last number: elements at once
+    assert len(wide) >= 9
+    for kernel in wide:
+        assert re.search(r"ld\.global\S*\.v4\.\w32", kernel), kernel[:200]
+        only_sums = re.match(r"\w+(moments|sums)_kernel", kernel)
+        assert only_sums or re.search(r"st\.global\S*\.v4\.\w32", kernel), kernel[:200]
+        assert ".local" not in kernel
