@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from . import __version__
 from .config import CHOICES, PRESETS
+from .export import FORMATS
 from .parameters import METHODS
+
+MODELS = "a diffusers folder, checkpoint file or hub id (default: embedded)"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,6 +43,10 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     add_train(commands)
     add_generate(commands)
+    add_verify(commands)
+    add_export(commands)
+    add_apply(commands)
+    add_diff(commands)
     add_info(commands)
     add_plan(commands)
     for command in commands.choices.values():
@@ -57,23 +65,53 @@ def add_train(commands: Any) -> None:
     )
     train.set_defaults(run=run_train)
     say = train.add_argument
-    say("--concept", required=True, help='what to erase, such as "cat" or "Van Gogh"')
-    say("--erase-from", metavar="PROMPT", help="erase the concept from this wider prompt only")
-    say("--model", metavar="MODEL", help="a diffusers folder or hub id (default: embedded)")
+    what = train.add_mutually_exclusive_group(required=True).add_argument
+    what(
+        "--concept",
+        "--erase_concept",
+        metavar="CONCEPT",
+        help='what to erase, such as "cat" or "Van Gogh"',
+    )
+    what("--prompt", metavar="CONCEPT", help="the same with the paper's recipe, see below")
+    say(
+        "--erase-from",
+        "--erase_from",
+        metavar="PROMPT",
+        help="erase the concept from this wider prompt only",
+    )
+    add_loading(say, MODELS)
     say("--output", metavar="FOLDER", help="where results go (default: erased-CONCEPT)")
     say("--overwrite", action="store_true", help="replace the results of an earlier run there")
-    say("--preset", choices=list(PRESETS), default="fast", help="recipe (default: fast)")
-    say("--method", dest="train_method", metavar="METHOD", help="which weights train, see below")
+    say("--preset", choices=list(PRESETS), help="recipe (default: fast; with --prompt: paper)")
+    say(
+        "--method",
+        "--train_method",
+        dest="train_method",
+        metavar="METHOD",
+        help="which weights train, see below",
+    )
     say("--iterations", type=int, metavar="N", help="optimizer steps")
-    say("--batch-size", type=int, metavar="N", help="samples an optimizer step")
+    say("--batch-size", "--batchsize", type=int, metavar="N", help="samples an optimizer step")
     say("--learning-rate", "--lr", type=float, metavar="X", help="of the optimizer")
     say("--optimizer", choices=CHOICES["optimizer"], help="default: adam; 8bit: an extra")
     say("--weight-decay", type=float, metavar="X", help="of adamw (default: 0.01)")
     say("--max-grad-norm", type=float, metavar="X", help="gradients are clipped to it; 0: never")
-    say("--negative-guidance", type=float, metavar="X", help="how far to push from the concept")
+    say(
+        "--negative-guidance",
+        "--negative_guidance",
+        type=float,
+        metavar="X",
+        help="how far to push from the concept",
+    )
     say("--anchor", choices=CHOICES["anchor"], help="what the target starts from")
-    say("--guidance-scale", type=float, metavar="X", help="of the rollout")
-    say("--num-inference-steps", type=int, metavar="N", help="scheduler steps of a trajectory")
+    say("--guidance-scale", "--guidance_scale", type=float, metavar="X", help="of the rollout")
+    say(
+        "--num-inference-steps",
+        "--num_inference_steps",
+        type=int,
+        metavar="N",
+        help="scheduler steps of a trajectory",
+    )
     say("--keep-vocabulary", type=float, metavar="X", help="hold to other words' meaning; 0: off")
     say("--collect-batch-size", type=int, metavar="N", help="trajectories side by side")
     say("--vram", metavar="SIZE", help="memory to fit, such as 8GB (default: what is free)")
@@ -87,30 +125,223 @@ def add_train(commands: Any) -> None:
         "--keep-prompt", action="append", metavar="PROMPT", help="a row of the pictures; repeatable"
     )
     say("--pictures", type=int, metavar="N", help="columns of the before/after grid; 0: none")
+    theirs = train.add_argument_group(
+        "options of the reference's scripts",
+        "Their command lines work as they are: the spellings with underscores above, and these.",
+    ).add_argument
+    theirs(
+        "--save_path", metavar="FOLDER", help="the delta, where the scripts write it, and the run"
+    )
+    theirs("--start_guidance", type=float, metavar="X", help="with --prompt: --guidance-scale")
+    theirs("--image_size", type=int, metavar="PIXELS", help="with --prompt: --resolution")
+    theirs("--ddim_steps", type=int, metavar="N", help="with --prompt: --num-inference-steps")
+    theirs("--seperator", metavar="TEXT", help="with --prompt: what stands between its words")
+    theirs("--devices", metavar="N,N", help="with --prompt: the first is --device")
+    theirs("--ckpt_path", metavar="FILE", help="with --prompt: --model")
+    theirs("--regularize", type=float, metavar="X", help="with --prompt: 0")
+    for unused in ("--config_path", "--diffusers_config_path"):
+        theirs(unused, help=argparse.SUPPRESS)
+
+
+def add_loading(
+    say: Callable[..., Any],
+    models: str,
+    required: bool = False,
+    names: tuple[str, ...] = ("--model", "--basemodel_id"),
+) -> None:
+    """What a model is and how it is read."""
+    say(*names, metavar="MODEL", required=required, help=models)
+    say("--variant", metavar="NAME", help="weight files of a diffusers folder, such as fp16")
+    say("--ema", choices=CHOICES["ema"], help="of a file that holds both: the averaged weights")
+    say(
+        "--allow-pickle",
+        action="store_true",
+        default=None,
+        help="read pickled objects in a .ckpt; they can run any code",
+    )
+    say(
+        "--prediction-type",
+        choices=CHOICES["prediction_type"],
+        help="of the UNet (default: what the model says or shows)",
+    )
+    say(
+        "--config",
+        dest="model_config",
+        metavar="FOLDER",
+        help="configurations of a single file's components (default: the family's)",
+    )
 
 
 def add_generate(commands: Any) -> None:
-    generate = commands.add_parser("generate", help="draw pictures, before and after an erasure")
+    generate = commands.add_parser(
+        "generate",
+        help="draw pictures, before and after an erasure",
+        description="Draw prompts with the model and with each erasure, from the same noise: a "
+        "folder of pictures each, and a grid that has them side by side. Pictures that are there "
+        "already are not drawn again. The options of the reference's script (names_like_this) "
+        "are accepted.",
+    )
     generate.set_defaults(run=run_generate)
+    what = generate.add_mutually_exclusive_group(required=True).add_argument
+    what("--prompt", action="append", metavar="PROMPT", help="repeatable")
+    what(
+        "--prompts", "--prompts_path", metavar="FILE", help="a prompt a line, or a CSV (see below)"
+    )
     say = generate.add_argument
-    say("--prompt", action="append", required=True, help="repeatable")
-    say("--erasure", metavar="PATH", help="a delta file or the folder of a run: drawn beside")
-    say("--model", metavar="MODEL", help="a diffusers folder or hub id (default: embedded)")
-    say("--output", metavar="FOLDER", default="pictures", help="default: pictures")
-    say("--images", type=int, default=4, metavar="N", help="pictures a prompt (default: 4)")
-    say("--seed", type=int, default=0, metavar="N", help="of the first picture (default: 0)")
-    say("--num-inference-steps", type=int, default=25, metavar="N", help="default: 25")
-    say("--guidance-scale", type=float, metavar="X", help="default: 4 (embedded), else 7.5")
-    say("--resolution", type=int, metavar="PIXELS", help="default: the model's own")
-    say("--strength", type=float, default=1.0, metavar="X", help="of the erasure (default: 1)")
+    say(
+        "--erasure",
+        "--esd_path",
+        action="append",
+        metavar="PATH",
+        help="a delta file or the folder of a run: drawn beside; repeatable",
+    )
+    add_loading(say, MODELS, names=("--model", "--base_model"))
+    say("--output", "--save_path", metavar="FOLDER", default="pictures", help="default: pictures")
+    say("--overwrite", action="store_true", help="replace other pictures of the same names")
+    say(
+        "--images", "--num_samples", type=int, metavar="N", help="a prompt (default: 4; of a CSV 1)"
+    )
+    say(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of the first picture; of a CSV, where it says none (default: 0)",
+    )
+    say("--from-case", "--from_case", type=int, metavar="N", help="of a CSV, this case_number on")
+    say("--till-case", "--till_case", type=int, metavar="N", help="of a CSV, up to and with this")
+    say(
+        "--num-inference-steps",
+        "--num_inference_steps",
+        "--ddim_steps",
+        type=int,
+        default=25,
+        metavar="N",
+        help="default: 25",
+    )
+    say(
+        "--guidance-scale",
+        "--guidance_scale",
+        type=float,
+        metavar="X",
+        help="default: 4 (embedded), else 7.5",
+    )
+    say("--resolution", "--image_size", type=int, metavar="PIXELS", help="default: the model's own")
+    say("--batch-size", type=int, metavar="N", help="at a time (default: 64 (embedded), else 1)")
+    say("--strength", type=float, default=1.0, metavar="X", help="of the erasures (default: 1)")
+    say("--no-grid", action="store_true", help="single files alone")
     say("--dtype", choices=CHOICES["dtype"], default="auto")
     say("--device", default="auto", metavar="DEVICE")
+    generate.epilog = (
+        "A CSV has a column `prompt`, and may have `evaluation_seed` and `case_number`; its "
+        "pictures are called CASE_SAMPLE.png, and samples start from the noises that the "
+        "reference's script draws. Further columns go into the pictures' metadata."
+    )
+
+
+def add_verify(commands: Any) -> None:
+    verify = commands.add_parser(
+        "verify",
+        help="does an erasure belong to a model, and does it change its pictures?",
+        description="Look at an erasure on a model: names and shapes, the weights that it was "
+        "trained on, its values, how far it moves the weights, and pictures from the same noise "
+        "with and without it. Exit code 0: fine; 1: not, and the reason is said.",
+    )
+    verify.set_defaults(run=run_verify)
+    verify.add_argument("file", metavar="FILE", help="a delta file or the folder of a run")
+    say = verify.add_argument
+    add_loading(say, MODELS)
+    say(
+        "--allow-other-base",
+        action="store_true",
+        help="weights that it was not trained on are fine",
+    )
+    say("--prompt", action="append", metavar="PROMPT", help="repeatable (default: the concept)")
+    say(
+        "--images",
+        type=int,
+        metavar="N",
+        help="a prompt (default: 2; embedded: 16 in all); 0: none",
+    )
+    say("--seed", type=int, default=0, metavar="N", help="of the first picture (default: 0)")
+    say("--num-inference-steps", type=int, default=15, metavar="N", help="default: 15")
+    say("--guidance-scale", type=float, metavar="X", help="default: 4 (embedded), else 7.5")
+    say("--resolution", type=int, metavar="PIXELS", help="default: the model's own")
+    say("--batch-size", type=int, metavar="N", help="at a time (default: 64 (embedded), else 1)")
+    say("--json", action="store_true", help="as JSON, with every layer")
+    say("--dtype", choices=CHOICES["dtype"], default="auto")
+    say("--device", default="auto", metavar="DEVICE")
+
+
+def add_export(commands: Any) -> None:
+    export = commands.add_parser(
+        "export",
+        help="an erasure, or several in one, for other programs",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="formats:\n" + "\n".join(f"  {n:<14} {text}" for n, text in FORMATS.items()),
+    )
+    export.set_defaults(run=run_export)
+    say = export.add_argument
+    say("--format", required=True, choices=list(FORMATS), help="see below")
+    add_writing(export)
+    say("--rank", type=int, metavar="N", help="of a LoRA (default: 64)")
+    say("--energy", type=float, metavar="X", help="or the least rank that keeps X (0 to 1) of it")
+    say("--dtype", choices=CHOICES["dtype"][1:], help="of a LoRA (default: float16)")
+
+
+def add_apply(commands: Any) -> None:
+    apply = commands.add_parser(
+        "apply",
+        help="write a model with erasures in it",
+        description="A single file (.safetensors, .ckpt) gives a single file with the same keys; a "
+        "diffusers folder or hub id gives a folder.",
+    )
+    apply.set_defaults(run=run_apply)
+    add_writing(apply)
+
+
+def add_writing(command: argparse.ArgumentParser) -> None:
+    say = command.add_argument
+    say("erasures", nargs="+", metavar="ERASURE", help="delta files, or folders of runs")
+    say("--model", metavar="MODEL", help="a folder, file or hub id (default: the erasure's own)")
+    say("--output", required=True, metavar="PATH", help="where it goes")
+    say("--strength", type=float, default=1.0, metavar="X", help="of the erasure (default: 1)")
+    say("--overwrite", action="store_true", help="replace what is there")
+    say(
+        "--config",
+        dest="model_config",
+        metavar="FOLDER",
+        help="a single file's configurations, for a folder of it (default: its family's)",
+    )
+    say("--allow-other-base", action="store_true", help="onto a model that it was not trained on")
+    say(
+        "--allow-pickle", action="store_true", help="read files that can run code; trust them first"
+    )
+
+
+def add_diff(commands: Any) -> None:
+    diff = commands.add_parser(
+        "diff",
+        help="what differs between two checkpoints",
+        description="Folders, hub ids, single files or deltas. Exit code 1 where they differ.",
+    )
+    diff.set_defaults(run=run_diff)
+    say = diff.add_argument
+    say("a")
+    say("b")
+    say("--json", action="store_true", help="every tensor, as JSON")
+    say(
+        "--allow-pickle", action="store_true", help="read files that can run code; trust them first"
+    )
 
 
 def add_info(commands: Any) -> None:
     info = commands.add_parser("info", help="what an erasure is, what a model is, what runs here")
     info.set_defaults(run=run_info)
-    info.add_argument("path", nargs="?", help="a delta file, the folder of a run, or a model")
+    info.add_argument(
+        "path", nargs="?", help="a delta file, the folder of a run, or a diffusers folder"
+    )
+    add_loading(info.add_argument, "a diffusers folder, checkpoint file or hub id")
     info.add_argument("--json", action="store_true", help="as JSON")
 
 
@@ -123,7 +354,7 @@ def add_plan(commands: Any) -> None:
     )
     plan.set_defaults(run=run_plan)
     say = plan.add_argument
-    say("--model", metavar="MODEL", required=True, help="sd1, sd2, sdxl, a folder or a hub id")
+    add_loading(say, "sd1, sd2, sdxl, a diffusers folder, checkpoint file or hub id", required=True)
     say("--method", dest="train_method", default="esd-x", metavar="METHOD", help="default: esd-x")
     say("--resolution", type=int, metavar="PIXELS", help="default: the model's own")
     say("--batch-size", type=int, default=1, metavar="N", help="samples a step (default: 1)")
@@ -143,6 +374,30 @@ def run_generate(arguments: argparse.Namespace) -> int:
     from .commands.generate import generate
 
     return generate(arguments)
+
+
+def run_verify(arguments: argparse.Namespace) -> int:
+    from .commands.verify import verify
+
+    return verify(arguments)
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    from .commands.export import export
+
+    return export(arguments)
+
+
+def run_apply(arguments: argparse.Namespace) -> int:
+    from .commands.export import apply
+
+    return apply(arguments)
+
+
+def run_diff(arguments: argparse.Namespace) -> int:
+    from .commands.export import diff
+
+    return diff(arguments)
 
 
 def run_info(arguments: argparse.Namespace) -> int:

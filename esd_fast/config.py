@@ -6,14 +6,37 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .demo import RECIPE, is_embedded
 from .optimizers import OPTIMIZERS, check_installed
 from .parameters import check_method
 from .prompts import clean_prompt
 
+if TYPE_CHECKING:
+    from .models.base import Family
+
 Anchor = Literal["concept", "null", "erase_from"]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a model is read from where it lies; the fields are EraseConfig's, explained there."""
+
+    variant: str | None = None
+    ema: Literal["auto", "yes", "no"] = "auto"
+    allow_pickle: bool = False
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"
+    model_config: str | None = None
+
+    def __post_init__(self) -> None:
+        check_choices(self, "ema", "prediction_type")
+        if not isinstance(self.allow_pickle, bool):
+            refuse("allow_pickle", self.allow_pickle, "True or False")  # type: ignore[unreachable]
+        for name, example in (("variant", "'fp16'"), ("model_config", "a folder")):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                refuse(name, value, f"a text, such as {example}")
 
 
 @dataclass(frozen=True)
@@ -87,6 +110,20 @@ class EraseConfig:
     cuda_graphs: Literal["auto", "off"] = "auto"
     """Guided steps and fit steps recorded once and replayed, "auto": where the device is CUDA and
     recording works. Speed and memory depend on it, not the result."""
+    variant: str | None = None
+    """Of a model in diffusers' layout: which of its weight files, such as "fp16"."""
+    ema: Literal["auto", "yes", "no"] = "auto"
+    """Of a single file that holds the UNet twice: "yes" takes the running average (EMA), "no" and
+    "auto" the weights that other tools load."""
+    allow_pickle: bool = False
+    """Read a .ckpt that holds pickled objects beside its weights; they can run any code."""
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"
+    """What the UNet predicts; "auto": what the model says, or a single file's UNet shows."""
+    model_config: str | None = None
+    """For a single file: a diffusers folder (or hub id) with the configurations of its
+    components; None: the family's, which ship with the package."""
+    given: tuple[str, ...] | None = None
+    """Settings that were asked for, which no recipe of the model's family replaces; None: all."""
 
     @classmethod
     def from_preset(
@@ -94,18 +131,32 @@ class EraseConfig:
     ) -> EraseConfig:
         """The recipe `preset` for `concept`; overrides that are None keep the recipe's value.
 
+        The model's family may have values of its own: `with_recipe` puts them in once it is known.
+
         `model` (as `erase` takes it; nothing is loaded) matters to `fast` alone, whose values
         the embedded model has its own of.
         """
         if preset not in PRESETS:
             raise ValueError(f"preset {preset!r} is unknown; there are {', '.join(PRESETS)}")
-        names = {field.name for field in dataclasses.fields(cls)}
+        names = {field.name for field in dataclasses.fields(cls)} - {"given"}
         for name in overrides:
             if name not in names:
                 raise ValueError(f"{name!r} is no setting; there are {', '.join(sorted(names))}")
         given = {k: v for k, v in overrides.items() if v is not None}
         own = RECIPE if preset == "fast" and is_embedded(model) else {}
-        return cls(concept=concept, preset=preset, **{**PRESETS[preset], **own, **given})
+        settings = {**PRESETS[preset], **own, **given}
+        return cls(concept=concept, preset=preset, given=tuple({**own, **given}), **settings)
+
+    def with_recipe(self, family: Family) -> EraseConfig:
+        """With the family's own values for all settings that were not asked for."""
+        if self.given is None:
+            return self
+        recipe = family.recipe(self.preset, self.train_method)
+        return dataclasses.replace(self, **{k: v for k, v in recipe.items() if k not in self.given})
+
+    @property
+    def loading(self) -> Loading:
+        return Loading(*(getattr(self, field.name) for field in dataclasses.fields(Loading)))
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "concept", clean_prompt("concept", self.concept))
@@ -140,9 +191,8 @@ class EraseConfig:
             refuse("device", device, "a text: 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'")
         if self.preset not in PRESETS:
             refuse("preset", self.preset, " or ".join(repr(p) for p in PRESETS))
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                refuse(name, getattr(self, name), " or ".join(repr(a) for a in allowed))
+        check_choices(self, *CHOICES)
+        _ = self.loading  # checks its own
         check_installed(self.optimizer)
         if self.weight_decay is not None:
             check_not_negative("weight_decay", self.weight_decay)
@@ -214,7 +264,15 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer": tuple(OPTIMIZERS),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "cuda_graphs": ("auto", "off"),
+    "ema": ("auto", "yes", "no"),
+    "prediction_type": ("auto", "epsilon", "v_prediction"),
 }
+
+
+def check_choices(config: Any, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) not in CHOICES[name]:
+            refuse(name, getattr(config, name), " or ".join(repr(a) for a in CHOICES[name]))
 
 
 def refuse(name: str, value: object, would_do: str) -> None:

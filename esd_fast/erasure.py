@@ -13,10 +13,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .files import replacing
+from .live import check_held, plain_module
+from .parameters import plain_parameters
 from .prompts import safe_name
 
 if TYPE_CHECKING:
     import torch
+
+    from .export import Exported
 
 MANIFEST_KEY = "esd_fast_manifest"
 
@@ -52,6 +57,10 @@ class Erasure:
     def remember_original(self, unet: Any, original: dict[str, torch.Tensor]) -> None:
         self._originals[unet] = original
 
+    def original_of(self, unet: Any) -> dict[str, torch.Tensor] | None:
+        """What `unet` held before this erasure; None where it is not in place there."""
+        return self._originals.get(unet)
+
     def apply(self, model: Any, strength: float = 1.0) -> None:
         """Write the erased weights into `model`; applying again changes nothing.
 
@@ -63,7 +72,8 @@ class Erasure:
         if not math.isfinite(strength):
             raise ValueError(f"strength is {strength!r}; it must be finite: 0 original, 1 erased")
         unet = unet_of(model)
-        parameters = dict(unet.named_parameters())
+        parameters = plain_parameters(unet)
+        check_held(parameters)
         check_match(self.tensors, parameters)
         if unet not in self._originals:
             self._originals[unet] = {n: parameters[n].detach().clone() for n in self.tensors}
@@ -86,7 +96,8 @@ class Erasure:
         original = self._originals.get(unet)
         if original is None:
             raise ValueError(f"{self!r} was not applied to this model: nothing to revert")
-        parameters = dict(unet.named_parameters())
+        parameters = plain_parameters(unet)
+        check_held(parameters)
         with torch.no_grad():
             for name, tensor in original.items():
                 parameters[name].copy_(tensor)
@@ -103,16 +114,17 @@ class Erasure:
         target = Path(path)
         if target.suffix != ".safetensors":
             target = target / self.file_name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(target.name + ".part")
-        try:
-            tensors = {n: t.contiguous() for n, t in self.tensors.items()}
+        tensors = {n: t.contiguous() for n, t in self.tensors.items()}
+        with replacing(target) as temporary:
             save_file(tensors, temporary, metadata=self.metadata())
-            temporary.chmod(0o666 & ~current_umask())  # safetensors writes for the owner alone
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
         return target
+
+    def export(self, target: str | os.PathLike[str], format: str, **settings: Any) -> Exported:
+        """Write it for other programs: "delta", "diffusers", "single-file", "lora" or "kohya".
+        What `settings` there are, and what is raised: `esd_fast.export.export`."""
+        from .export import export
+
+        return export(self, target, format, **settings)
 
     def moves(self, model: Any) -> list[dict[str, Any]]:
         """How far each tensor moved on `model`, relative to what it was; the farthest first."""
@@ -143,21 +155,19 @@ class Erasure:
         }
 
 
-def load(path: str | os.PathLike[str]) -> Erasure:
+def load(path: str | os.PathLike[str], allow_pickle: bool = False) -> Erasure:
     """An Erasure from a file, ours or the reference's, or from the folder of a run.
 
+    The reference's older scripts pickled theirs (.pt): the trained modules, the whole UNet, or the
+    whole model under its original names. They are read as tensors alone, unless `allow_pickle`.
     Raises FileNotFoundError, or ValueError where it is no such file.
     """
-    from safetensors import SafetensorError, safe_open
+    from .tensor_files import open_tensors
 
     file = delta_in(Path(path))
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{file} is no whole safetensors file: {error}") from None
-    return Erasure(tensors, manifest_from(metadata, file))
+    opened = open_tensors(file, allow_pickle)
+    tensors = unet_tensors({name: lazy.read() for name, lazy in opened.tensors.items()})
+    return Erasure(tensors, manifest_from(opened.metadata, file))
 
 
 def delta_in(path: Path) -> Path:
@@ -168,9 +178,22 @@ def delta_in(path: Path) -> Path:
         return found[0]
     if not path.is_file():
         raise FileNotFoundError(f"erasure {str(path)!r} does not exist")
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{path} must be a .safetensors file (pickled files are never opened)")
     return path
+
+
+def unet_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """By UNet state-dict name: as they come, without the "unet." of a pipeline's modules, or out
+    of a whole model in the original layout."""
+    if any(name.startswith("model.diffusion_model.") for name in tensors):
+        from .export.base import unet_keys
+        from .tensor_files import Lazy
+
+        keys = unet_keys({name: Lazy.of(t) for name, t in tensors.items()})
+        return {name: tensors[key] for name, key in keys.items()}
+    prefix = "unet."
+    if all(name.startswith(prefix) for name in tensors):
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def manifest_from(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
@@ -193,14 +216,8 @@ def manifest_from(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
     }
 
 
-def current_umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def unet_of(model: Any) -> Any:
-    unet = getattr(model, "unet", model)
+    unet = plain_module(getattr(model, "unet", model))
     if not hasattr(unet, "named_parameters"):
         raise ValueError(f"model is a {type(model).__name__}; it must be a pipeline or a UNet")
     return unet
@@ -221,14 +238,12 @@ def check_match(tensors: Mapping[str, Any], parameters: Mapping[str, Any]) -> No
 
 def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
     """A hash of the base model's tensors under training, to tell a delta's base apart."""
-    import torch
+    from .tensor_files import bytes_of
 
     digest = hashlib.sha256()
-    for name, tensor in tensors.items():
+    for name in sorted(tensors):  # a file may hold them in another order than the UNet
         digest.update(name.encode())
-        # flat first: a channels_last 1x1 kernel counts as contiguous with strides of its own
-        flat = tensor.detach().cpu().contiguous().view(-1)
-        digest.update(flat.view(torch.uint8).numpy().tobytes())
+        digest.update(bytes_of(tensors[name]))
     return digest.hexdigest()[:16]
 
 

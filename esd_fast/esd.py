@@ -16,6 +16,7 @@ from .engine import engaged, layout_for
 from .erasure import Erasure, fingerprint, versions
 from .fit import FitStep, Fitter, NonFiniteLoss, shuffled
 from .graphed_steps import RunGraphs
+from .live import onloading
 from .models import Model, PromptSet, load_model
 from .objective import Objective
 from .optimizers import described, make_optimizer
@@ -54,7 +55,8 @@ def erase(
 ) -> Erasure:
     """Erase `concept` from `model`; a live pipeline is left erased.
 
-    `model`: a diffusers pipeline, a diffusers folder, a hub id, or None for the embedded model.
+    `model`: a diffusers pipeline, a diffusers folder, a hub id, a single file in the original
+    layout (.safetensors, .ckpt), or None for the embedded model.
     `settings`: any field of EraseConfig. Raises ValueError for a bad value before anything is
     loaded, EraseInterrupted on Ctrl-C in training, NonFiniteLoss where training went wrong; in
     the last two the model is as it was.
@@ -63,6 +65,7 @@ def erase(
     return run(load_model(model, config), config, on_progress=on_progress, on_step=on_step)
 
 
+@onloading
 @torch.inference_mode(False)  # whatever the caller's mode, training needs gradients
 @torch.enable_grad()
 def run(
@@ -78,6 +81,7 @@ def run(
     """`erase` on a loaded model. `rollouts` replaces the plan drawn from the seed, `words` the
     tokenizer's own, which `keep_vocabulary` holds to, `graphs` what `cuda_graphs` chooses."""
     started = time.perf_counter()
+    config = config.with_recipe(model.family)
     names = trainable_names(model.unet, config.train_method, model.family.name)
     shape = model.latent_shape(config.resolution)
     scheduler = scheduler_for(model.pipeline.scheduler, config)

@@ -221,18 +221,19 @@ def guidance_loss(
     """
     if torch.is_grad_enabled():
         _guidance_loss.refuse_gradients(anchor, concept, null, negative_guidance, weight)
-    _guidance_loss.check_predictions(student, anchor, concept, null)
-    loss, per_sample, _ = torch.ops.esd_fast.guidance_loss(
+    _guidance_loss.check_student(student)
+    arguments = (
         student,
         anchor,
         concept,
         null,
         _guidance_loss.vector("negative_guidance", negative_guidance, student),
         _guidance_loss.vector("weight", weight, student),
-        # About B M / 2, so that float16 holds the gradient before the loss scale reaches it (d loss is
-        # 2 / (B M) of an error), and a power of two, so that taking it out again rounds nothing.
-        2.0 ** (student.numel().bit_length() - 2),
+        _guidance_loss.gradient_scale(student),
     )
+    if common.nobody_watches(*arguments[:6]):
+        return _DIRECT["guidance_loss"](student, arguments[1:])
+    loss, per_sample, _ = torch.ops.esd_fast.guidance_loss(*arguments)
     return loss, per_sample
 
 
@@ -288,12 +289,15 @@ def group_norm_silu(
     """GroupNorm, and SiLU behind it unless `silu` is False, in one go. Maths in float32.
 
     `x` is (N, C, H, W), `weight` and `bias` (C,), each float32, bfloat16 or float16. The result has x's dtype
-    and is channels_last; an x of another layout is copied first. All three have gradients (first
-    derivatives). Where torch runs it, it is torch's own functions, and the layout is theirs.
+    and is channels_last; on the CPU it is so where x is, and contiguous else. An x of another layout is copied
+    first. All three have gradients (first derivatives). Where torch runs it, it is torch's own functions, and
+    the layout is theirs.
     """
     _group_norm_silu.check(x, weight, bias, groups)
     if _torch_runs("group_norm_silu", x):
         return _group_norm_silu.as_torch(x, weight, bias, groups, eps, silu)
+    if common.nobody_watches(x, weight, bias):
+        return _DIRECT["group_norm_silu"](x, weight, bias, groups, eps, silu)
     return torch.ops.esd_fast.group_norm_silu(x, weight, bias, groups, eps, silu)[0]
 
 
@@ -306,6 +310,8 @@ def geglu(x: Tensor) -> Tensor:
     _geglu.check(x)
     if _torch_runs("geglu", x):
         return _geglu.as_torch(x)
+    if common.nobody_watches(x):
+        return _DIRECT["geglu"](x)
     return torch.ops.esd_fast.geglu(x)
 
 
@@ -327,17 +333,24 @@ _OPS = {
         native_cpu=_guidance_loss.native_cpu,
         native_cuda=_guidance_loss.native_cuda,
     ),
-    "guided_step": _Op(  # nothing native: a handful of torch's own calls beside a whole UNet
+    "guided_step": _Op(
         plain=_guided_step.PLAIN,
         triton=_guided_step.TRITON,
         example=_guided_step.example,
+        native_cpu=_guided_step.native,
     ),
     "group_norm_silu": _Op(
         plain=_group_norm_silu.PLAIN,
         triton=_group_norm_silu.TRITON,
         example=_group_norm_silu.example,
+        native_cpu=_group_norm_silu.NATIVE_CPU,
     ),
-    "geglu": _Op(plain=_geglu.PLAIN, triton=_geglu.TRITON, example=_geglu.example),
+    "geglu": _Op(
+        plain=_geglu.PLAIN,
+        triton=_geglu.TRITON,
+        example=_geglu.example,
+        native_cpu=_geglu.NATIVE_CPU,
+    ),
 }
 
 
@@ -347,10 +360,12 @@ def _chosen(op: str) -> Callable[[torch.device], Any]:
 
 # Library.define and impl rather than torch.library.custom_op: a sixth of its cost a call.
 _LIBRARY = torch.library.Library("esd_fast", "DEF")
-for _name, _module in (
-    ("guidance_loss", _guidance_loss),
-    ("guided_step", _guided_step),
-    ("group_norm_silu", _group_norm_silu),
-    ("geglu", _geglu),
-):
-    _module.register(_LIBRARY, _chosen(_name))
+_DIRECT: dict[str, Callable[..., Any]] = {  # the differentiable ones, past torch's dispatcher
+    _name: _module.register(_LIBRARY, _chosen(_name))
+    for _name, _module in (
+        ("guidance_loss", _guidance_loss),
+        ("group_norm_silu", _group_norm_silu),
+        ("geglu", _geglu),
+    )
+}
+_guided_step.register(_LIBRARY, _chosen("guided_step"))

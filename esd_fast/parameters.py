@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +16,7 @@ ALIASES = {
     "xattn-strict": "esd-x-strict",
     "noxattn": "esd-u",
     "full": "esd-all",
+    "esd-a": "esd-all",  # as esd_sd.py's help calls it
 }
 # What each method is for, as shown by `esd-fast info` and in error messages.
 METHODS = {
@@ -66,6 +67,18 @@ def check_method(method: object) -> None:
         raise ValueError(f"train_method {method!r} is no regular expression: {error}") from None
 
 
+def plain_parameters(unet: Any) -> dict[str, torch.nn.Parameter]:
+    """The model's own parameters under the names that they have without adapters: peft wraps a
+    layer, whose weight is then called `...base_layer.weight`, and puts its own beside it."""
+    wrapped = [n for n, m in unet.named_modules() if hasattr(m, "base_layer")]
+    found = {}
+    for name, parameter in unet.named_parameters():
+        around = next((w for w in wrapped if name.startswith(w + ".")), None)
+        if around is None or name.startswith(around + ".base_layer."):
+            found[name.replace(".base_layer.", ".")] = parameter
+    return found
+
+
 def trainable_names(unet: torch.nn.Module, method: str, family: str = "sd") -> list[str]:
     """State-dict names of the parameters that `method` trains, in the UNet's order.
 
@@ -74,18 +87,24 @@ def trainable_names(unet: torch.nn.Module, method: str, family: str = "sd") -> l
     from torch import nn
 
     method = canonical_method(method)
+    plain = plain_parameters(unet)
     if method in LDM_RULES:
-        names = [n for n, _ in unet.named_parameters() if LDM_RULES[method](n)]
+        names = [n for n in plain if LDM_RULES[method](n)]
     else:
         selects = ESD_RULES.get(method) or re.compile(method).search
         sdxl = family == "sdxl" and method in ("esd-u", "esd-all")  # its script's further rule
-        names = [
-            f"{module_name}.{name}"
-            for module_name, module in unet.named_modules()
+        of_modules = {
+            id(parameter)
+            for module in unet.modules()
             if isinstance(module, (nn.Linear, nn.Conv2d))
-            and selects(module_name)
+            for parameter in module.parameters(recurse=False)
+        }
+        names = [
+            name
+            for name, parameter in plain.items()
+            if id(parameter) in of_modules
+            and selects(module_name := name.rpartition(".")[0])
             and (not sdxl or ("block" in module_name and "emb" not in module_name))
-            for name, _ in module.named_parameters(recurse=False)
         ]
     if not names:
         examples = [n for n, m in unet.named_modules() if isinstance(m, nn.Linear)][:3]
@@ -93,8 +112,7 @@ def trainable_names(unet: torch.nn.Module, method: str, family: str = "sd") -> l
             f"train_method {method!r} selects no parameter of this UNet; "
             f"its module names look like {', '.join(examples)}"
         )
-    order = {n: i for i, (n, _) in enumerate(unet.named_parameters())}
-    return sorted(dict.fromkeys(names), key=order.__getitem__)
+    return names
 
 
 ESD_RULES: dict[str, Callable[[str], object]] = {
@@ -159,7 +177,7 @@ class TrainableSubset:
     ) -> TrainableSubset:
         import torch
 
-        every = dict(unet.named_parameters())
+        every = plain_parameters(unet)
         parameters = {n: every[n] for n in names}
         frozen = {n: p.detach().clone() for n, p in parameters.items()}
         masters = {

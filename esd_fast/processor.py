@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ class Probe:
         return f"bfloat16 {self.gain:.1f} times as fast as float32 at {self.channels} channels"
 
 
-def dtype_for(unet_config: dict[str, Any]) -> torch.dtype:
+def dtype_for(unet_config: Mapping[str, Any]) -> torch.dtype:
     """bfloat16 for a big UNet where the processor gains from it, tried on the shapes of its deepest
     level; else float32."""
     if weights_of(unet_config) < BIG:
@@ -44,17 +44,17 @@ def dtype_for(unet_config: dict[str, Any]) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def deepest(unet_config: dict[str, Any]) -> tuple[int, int]:
+def deepest(unet_config: Mapping[str, Any]) -> tuple[int, int]:
     """Channels, and pixels a side at the model's own resolution."""
     channels = unet_config["block_out_channels"]
     return channels[-1], max(1, unet_config["sample_size"] // 2 ** (len(channels) - 1))
 
 
-def weights_of(unet_config: dict[str, Any]) -> int:
+def weights_of(unet_config: Mapping[str, Any]) -> int:
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(unet_config)
+        unet = UNet2DConditionModel.from_config(dict(unet_config))
     return sum(p.numel() for p in unet.parameters())
 
 

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .parameters import plain_parameters
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -92,8 +94,10 @@ def keeping_filter(second_moment: torch.Tensor, strength: float) -> torch.Tensor
 
 def reads_text(unet: torch.nn.Module, name: str) -> bool:
     """Whether parameter `name` is a key or value matrix of cross-attention."""
-    wide = unet.get_parameter(name).shape[-1] == unet.config.cross_attention_dim  # type: ignore[union-attr]
-    return name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")) and bool(wide)
+    if not name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")):
+        return False
+    width = plain_parameters(unet)[name].shape[-1]
+    return bool(width == unet.config.cross_attention_dim)  # type: ignore[union-attr]
 
 
 def filters_for(

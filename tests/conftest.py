@@ -13,7 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from .operator_cases import geglu_case, make_geglu_case, make_norm_case, norm_case  # noqa: F401
+from .operator_cases import (  # noqa: F401
+    assert_any_thread_count,
+    geglu_case,
+    make_geglu_case,
+    make_norm_case,
+    norm_case,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -137,6 +143,12 @@ def case_name(case: GuidanceCase) -> str:
 def guidance_case(request: pytest.FixtureRequest) -> GuidanceCase:
     """Awkward shapes in every mixture of dtypes."""
     return request.param
+
+
+@pytest.fixture
+def guidance_case_of() -> type[GuidanceCase]:
+    """guidance_case_of(shape, student_dtype, teacher_dtype)"""
+    return GuidanceCase
 
 
 @pytest.fixture

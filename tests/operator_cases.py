@@ -1,6 +1,6 @@
 """Cases for the operators in esd_fast/operators, and the rule for their error; conftest hands them out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import pytest
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
-def short(dtype: torch.dtype) -> str:
+def short(dtype: torch.dtype | torch.memory_format) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -20,6 +20,19 @@ def within(name: str, ours: Tensor, plain: Tensor, exact: Tensor) -> None:
     unit = torch.finfo(ours.dtype).eps * exact.abs().max()
     allowed = 2 * (plain - exact).abs().max() + 4 * unit
     assert (ours - exact).abs().max() <= allowed, name
+
+
+def same_for_any_thread_count(run: Callable[[], Iterable[Tensor]]) -> None:
+    """Bit for bit."""
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(list(run()))
+    finally:
+        torch.set_num_threads(before)
+    for one, three in zip(*found, strict=True):
+        assert torch.equal(one, three)
 
 
 def with_gradients(function: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor):
@@ -40,18 +53,20 @@ class NormCase:
     of_parameters: torch.dtype = F32
     silu: bool = True
     mean: float = 0.5
+    layout: torch.memory_format = torch.channels_last
 
     def __str__(self) -> str:
         shape = "x".join(map(str, self.shape))
         dtypes = f"{short(self.dtype)}-{short(self.of_parameters)}"
-        return f"{shape}-{self.groups}-{dtypes}-{'silu' if self.silu else 'plain'}-{self.mean:g}"
+        what = f"{'silu' if self.silu else 'plain'}-{self.mean:g}"
+        return f"{shape}-{self.groups}-{dtypes}-{what}-{short(self.layout)}"
 
     def inputs(self, device: str = "cpu") -> tuple[list[Tensor], Tensor]:
-        """x (channels_last), weight, bias; and a gradient of y"""
+        """x in its layout, weight, bias; and a gradient of y"""
         g = torch.Generator().manual_seed(0)
         x, grad = (torch.randn(self.shape, generator=g).to(self.dtype) for _ in range(2))
         weight, bias = (torch.randn(self.shape[1], generator=g) for _ in range(2))
-        x = (x + self.mean).contiguous(memory_format=torch.channels_last)
+        x = (x + self.mean).contiguous(memory_format=self.layout)
         inputs = [x, *(v.to(self.of_parameters) for v in (weight, bias))]
         return [v.to(device) for v in inputs], grad.to(device)
 
@@ -82,6 +97,12 @@ NORM_CASES = [
     NormCase((1, 3, 1, 1), 1),  # one number a channel
     NormCase((3, 4, 1, 2), 4, silu=False),  # one channel a group
     NormCase(mean=100.0),
+    *(NormCase(layout=torch.contiguous_format, dtype=a, of_parameters=a) for a in (F32, BF16, F16)),
+    NormCase(TAILS, 6, BF16, F32, layout=torch.contiguous_format),
+    NormCase(
+        (1, 4, 17, 31), 2, silu=False, mean=100.0, layout=torch.contiguous_format
+    ),  # two blocks
+    NormCase((2, 530, 3, 5), 53, BF16),  # more channels than are read at once
 ]
 
 
@@ -94,6 +115,11 @@ def norm_case(request: pytest.FixtureRequest) -> NormCase:
 @pytest.fixture
 def make_norm_case() -> type[NormCase]:
     return NormCase
+
+
+@pytest.fixture
+def assert_any_thread_count() -> Callable[[Callable[[], Iterable[Tensor]]], None]:
+    return same_for_any_thread_count
 
 
 # --- geglu -------------------------------------------------------------------------------------------

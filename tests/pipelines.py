@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -41,9 +41,7 @@ def one_thread() -> Iterator[None]:
 
 @cache
 def read_pipeline(name: str, dtype: torch.dtype) -> Any:
-    return StableDiffusionPipeline.from_pretrained(
-        GOLDEN / name, local_files_only=True, dtype=dtype
-    )
+    return DiffusionPipeline.from_pretrained(GOLDEN / name, local_files_only=True, dtype=dtype)
 
 
 def pipeline(name: str = "sd-ddim", dtype: torch.dtype = torch.float32) -> Any:

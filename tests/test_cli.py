@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,8 @@ def test_help_of_every_command_imports_nothing_heavy():
         "heavy = {'torch', 'numpy', 'PIL', 'diffusers', 'transformers'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    for command in ([], ["train"], ["generate"], ["info"], ["plan"]):
+    names = ("train", "generate", "verify", "export", "apply", "diff", "info", "plan")
+    for command in ([], *([name] for name in names)):
         arguments = [*command, "--help"]
         done = subprocess.run(  # noqa: PLW1510
             [sys.executable, "-c", code, *arguments],
@@ -129,23 +131,59 @@ def test_earlier_results_are_not_replaced(tmp_path):
     assert "--overwrite" in done.stderr
 
 
-def test_generate_draws_both_sides_with_metadata(tmp_path):
+def test_generate_and_verify_what_was_trained(tmp_path):
     esd_fast("train", "--concept", "cat", "--iterations", 1, "--num-inference-steps", 2,
              "--pictures", 0, "--method", "esd-x-strict", "--model", GOLDEN / "sd-ddim",
              "--output", tmp_path / "run")  # fmt: skip
     esd_fast("generate", "--prompt", "a cat", "--prompt", "a dog", "--images", 2,
              "--num-inference-steps", 3, "--erasure", tmp_path / "run", "--output",
              tmp_path / "pictures", "--model", GOLDEN / "sd-ddim")  # fmt: skip
-    names = sorted(p.name for p in (tmp_path / "pictures").iterdir())
-    assert len(names) == 9
-    with Image.open(tmp_path / "pictures" / "a-cat-1-erased.png") as picture:
+    names = {str(p.relative_to(tmp_path / "pictures")) for p in tmp_path.glob("pictures/**/*.png")}
+    pngs = ("a-cat-0.png", "a-cat-1.png", "a-dog-0.png", "a-dog-1.png")
+    assert names == {"grid.png", *(f"{folder}/{png}" for folder in ("base", "run") for png in pngs)}
+    with Image.open(tmp_path / "pictures" / "run" / "a-cat-1.png") as picture:
         assert picture.text["prompt"] == "a cat"
         assert picture.text["seed"] == "1"
+    done = esd_fast("verify", tmp_path / "run", "--model", GOLDEN / "sd-ddim", check=False)
+    assert done.returncode == 1
+    assert "trained on these very weights" in done.stdout
+    assert "nobody sees that" in done.stdout  # of one iteration
+
+
+def test_generate_goes_on_after_a_kill(tmp_path):
+    """Whatever is there is whole, and is not drawn again."""
+    (tmp_path / "prompts.txt").write_text("\n".join(f"thing {i}" for i in range(40)))
+    arguments = ["generate", "--prompts", tmp_path / "prompts.txt", "--images", 1, "--model",
+                 GOLDEN / "sd-ddim", "--num-inference-steps", 12, "--output", tmp_path / "out"]  # fmt: skip
+    folder = tmp_path / "out" / "base"
+    code = "import sys; from esd_fast.cli import main; sys.exit(main())"
+    started = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+    )
+    while len(list(folder.glob("*.png"))) < 3:
+        assert started.poll() is None
+        time.sleep(0.02)
+    started.kill()
+    started.wait()
+    there = {p.name: p.stat().st_mtime_ns for p in folder.glob("*.png")}
+    assert len(there) < 40
+    for name in there:
+        with Image.open(folder / name) as picture:
+            picture.load()
+    done = esd_fast(*arguments, "--batch-size", 8)
+    assert f"{40 - len(there)} pictures drawn, {len(there)} were there" in done.stdout
+    now = {p.name: p.stat().st_mtime_ns for p in folder.glob("*.png")}
+    assert len(now) == 40
+    assert {name: now[name] for name in there} == there
 
 
 def test_info_names_family_and_sizes():
     told = json.loads(esd_fast("info", model_path(), "--json").stdout)
-    assert told["family"] == "sd"
+    assert (told["family"], told["prediction_type"]) == ("sd1", "epsilon")
+    assert told["native_resolution"] == 64
+    assert json.loads(esd_fast("info", "--model", model_path(), "--json").stdout) == told
     assert (
         told["methods"]["esd-x"].endswith("in 35 tensors") or "tensors" in told["methods"]["esd-x"]
     )

@@ -68,6 +68,11 @@ def config(**settings: Any) -> EraseConfig:
         ("device", torch.device("cpu"), "a text"),
         ("cuda_graphs", "on", "'auto' or 'off'"),
         ("cuda_graphs", True, "'auto' or 'off'"),
+        ("ema", True, "'auto' or 'yes' or 'no'"),
+        ("allow_pickle", "yes", "True or False"),
+        ("prediction_type", "v", "'v_prediction'"),
+        ("variant", "", "such as 'fp16'"),
+        ("model_config", 3, "a folder"),
     ],
 )
 def test_refused_naming_argument_and_value(name: str, value: object, would_do: str) -> None:
@@ -95,7 +100,9 @@ def test_nothing_is_loaded_for_a_bad_value(monkeypatch: pytest.MonkeyPatch) -> N
     for bad in ({"train_method": "xatn"}, {"concept": "  "}, {"batch_size": 0}, {"preset": "q"}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             esd_fast.erase(None, **{"concept": "cat"} | bad)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="'iteration' is no setting; there are anchor, batch_size"):
+    with pytest.raises(
+        ValueError, match="'iteration' is no setting; there are allow_pickle, anchor"
+    ):
         esd_fast.erase(None, "cat", iteration=3)
 
 

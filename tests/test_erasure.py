@@ -150,6 +150,51 @@ def test_never_half_a_file(
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
+class RunsCode:
+    """What a pickle can do to whoever reads it."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.trace,)
+
+
+@pytest.mark.parametrize("layout", ["modules", "flat", "state_dict"])
+def test_the_references_older_files(layout: str, tmp_path: Path) -> None:
+    """esd_diffusers.py pickles {"unet.<module>": its state dict}; others a UNet's own state dict."""
+    pipe = pipelines.pipeline()
+    trained = other_tensors(pipe.unet)
+    content: Any = trained
+    if layout == "modules":
+        content = {
+            f"unet.{name}": module.state_dict()
+            for name, module in pipe.unet.named_modules()
+            if isinstance(module, torch.nn.Linear) and "attn2" in name
+        }
+        trained = {n: p.detach() for n, p in pipe.unet.named_parameters() if n in trained}
+        trained = {n: p for n, p in trained.items() if ".norm" not in n}
+    elif layout == "state_dict":
+        content = {"state_dict": trained, "global_step": 3}
+    torch.save(content, tmp_path / "esd-cat_from_cat-xattn_1.0-epochs_200.pt")
+    loaded = esd_fast.load(tmp_path / "esd-cat_from_cat-xattn_1.0-epochs_200.pt")
+    assert loaded.tensors.keys() == trained.keys()
+    assert all(same_bits(loaded.tensors[n], t) for n, t in trained.items())
+    loaded.apply(pipe)
+    assert is_applied(pipe, loaded)
+
+
+def test_pickled_objects_run_only_with_consent(tmp_path: Path) -> None:
+    """diffusers#8874."""
+    file, trace = tmp_path / "old.pt", tmp_path / "trace"
+    torch.save({"conv_in.weight": torch.zeros(2), "extra": RunsCode(trace)}, file)
+    with pytest.raises(ValueError, match="--allow-pickle"):
+        esd_fast.load(file)
+    assert not trace.exists()
+    assert esd_fast.load(file, allow_pickle=True).tensors.keys() == {"conv_in.weight"}
+    assert trace.exists()
+
+
 @pytest.mark.parametrize("content", [b"", b"not safetensors", b"\x08\0\0\0\0\0\0\0{"])
 def test_damaged_file(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "d.safetensors").write_bytes(content)
@@ -171,8 +216,11 @@ def test_what_load_refuses(erasure: Erasure, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds 0 files"):
         esd_fast.load(tmp_path)
     (tmp_path / "delta.pt").write_bytes(b"")
-    with pytest.raises(ValueError, match="pickled files are never opened"):
+    with pytest.raises(ValueError, match="no whole checkpoint"):
         esd_fast.load(tmp_path / "delta.pt")
+    (tmp_path / "delta.txt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"must be a file \.safetensors"):
+        esd_fast.load(tmp_path / "delta.txt")
     erasure.save(tmp_path)
     erasure.save(tmp_path / "esd-other.safetensors")
     with pytest.raises(FileNotFoundError, match=r"holds 2 files.*name one"):

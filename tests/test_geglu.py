@@ -37,6 +37,48 @@ def test_any_layout(make_geglu_case):
 
 
 @pytest.mark.usefixtures("wrapped")
+def test_thread_count_does_not_matter(make_geglu_case, assert_any_thread_count):
+    if not ops.path_of("geglu").name.startswith("native"):
+        pytest.skip("torch and the interpreter promise nothing here")
+    x, grad = make_geglu_case((3, 67, 514)).inputs()
+    assert_any_thread_count(
+        lambda: (OPERATOR(x), torch.ops.esd_fast.geglu_backward(grad, x)),
+    )
+
+
+@pytest.mark.usefixtures("wrapped")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_gate(dtype):
+    """The GELU and its slope from -20 to 20, against float64, to the rule of the other tests in each part."""
+    gate = torch.linspace(-20, 20, 4001).to(dtype)
+    x = torch.stack((torch.ones_like(gate), gate), -1).flatten()  # (2 n,) as n rows of two halves
+    x = x.view(-1, 2).requires_grad_()
+    y = ops.geglu(x)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    exact_gate = gate.double().requires_grad_()
+    exact = torch.nn.functional.gelu(exact_gate)
+    (slope,) = torch.autograd.grad(exact.sum(), exact_gate)
+    tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 4e-7}
+    torch.testing.assert_close(y[:, 0].double(), exact.detach(), **tolerance)
+    torch.testing.assert_close(grad[:, 0].double(), exact.detach(), **tolerance)
+    torch.testing.assert_close(grad[:, 1].double(), slope, **tolerance)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:overflow encountered:RuntimeWarning"
+)  # NumPy's, in the interpreter
+@pytest.mark.usefixtures("wrapped")
+def test_gates_beyond_all_bounds():
+    gate = torch.tensor([-1e38, -89.0, -13.3, 13.3, 89.0, 1e38, float("nan")])
+    x = torch.stack((torch.ones_like(gate), gate), -1).requires_grad_()
+    y = ops.geglu(x)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(y[:, 0], gate.clamp(min=0), equal_nan=True)
+    slope = (gate > 0).float() + (gate - gate)
+    torch.testing.assert_close(grad[:, 1], slope, equal_nan=True)
+
+
+@pytest.mark.usefixtures("wrapped")
 def test_keeps_its_argument_alone(make_geglu_case):
     x, _ = make_geglu_case((2, 3, 14)).inputs()
     kept = []

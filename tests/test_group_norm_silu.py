@@ -50,19 +50,59 @@ LAYOUTS = [
 
 @pytest.mark.usefixtures("wrapped")
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_layout_in_channels_last_out(layout, make_norm_case):
+def test_any_layout_in_contiguous_out(layout, make_norm_case):
+    """On the CPU; channels_last alone stays channels_last, and other devices give that for every layout."""
     inputs, grad = make_norm_case().inputs()
+    channels_last = OPERATOR(*inputs, 2, 1e-5, True)
+    assert channels_last[0].is_contiguous(memory_format=torch.channels_last)
+    inputs[0] = inputs[0].contiguous()
     expected = OPERATOR(*inputs, 2, 1e-5, True)
     results = OPERATOR(layout(inputs[0]), *inputs[1:], 2, 1e-5, True)
-    assert results[0].is_contiguous(memory_format=torch.channels_last)
+    assert results[0].is_contiguous()
     for x, y in zip(results, expected, strict=True):
         assert torch.equal(x, y)
+    torch.testing.assert_close(results, channels_last)
     _, mean, rstd = expected
     backward = torch.ops.esd_fast.group_norm_silu_backward
     rest = (mean, rstd, *inputs[1:], 2, True, True)
-    expected = backward(grad, inputs[0], *rest)
+    expected = backward(grad.contiguous(), inputs[0], *rest)
+    assert expected[0].is_contiguous()
     for x, y in zip(backward(layout(grad), layout(inputs[0]), *rest), expected, strict=True):
         assert torch.equal(x, y)
+
+
+@pytest.mark.usefixtures("wrapped")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_thread_count_does_not_matter(layout, dtype, make_norm_case, assert_any_thread_count):
+    if not ops.path_of("group_norm_silu").name.startswith("native"):
+        pytest.skip("torch and the interpreter promise nothing here")
+    inputs, grad = make_norm_case((3, 24, 31, 33), 6, dtype, layout=layout).inputs()
+    rest = (*inputs[1:], 6, True, True)
+
+    def run():
+        results = OPERATOR(*inputs, 6, 1e-5, True)
+        backward = torch.ops.esd_fast.group_norm_silu_backward(grad, inputs[0], *results[1:], *rest)
+        return *results, *backward
+
+    assert_any_thread_count(run)
+
+
+@pytest.mark.usefixtures("wrapped")
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_activations_beyond_all_bounds(layout, make_norm_case):
+    """A SiLU of -1e35 is 0; what is not a number stays in its group."""
+    (x, weight, bias), _ = make_norm_case(layout=layout).inputs()
+    x[0, 0, 0, 0] = float("nan")
+    inputs = [x, weight * 1e35, bias]
+    y = ops.group_norm_silu(*(v.requires_grad_() for v in inputs), 2)
+    broken = torch.zeros(x.shape, dtype=torch.bool)
+    broken[0, :3] = True
+    assert torch.equal(y.isnan(), broken)
+    z = torch.nn.functional.group_norm(x[1:], 2, weight * 1e35, bias).detach()
+    torch.testing.assert_close(y[1:].detach(), torch.relu(z), rtol=1e-5, atol=0)
+    (of_bias,) = torch.autograd.grad(y[1:].sum(), inputs[2])
+    torch.testing.assert_close(of_bias[3:], (z > 0).float().sum((0, 2, 3))[3:])
 
 
 @pytest.mark.usefixtures("wrapped")
@@ -124,8 +164,9 @@ def test_wrong_arguments(change, message, make_norm_case):
 
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(dtype, silu, make_norm_case):
-    (x, weight, bias), grad = make_norm_case(dtype=dtype).inputs()
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_opcheck(layout, dtype, silu, make_norm_case):
+    (x, weight, bias), grad = make_norm_case(dtype=dtype, layout=layout).inputs()
     arguments = (x.requires_grad_(), weight.requires_grad_(), bias, 2, 1e-5, silu)
     torch.library.opcheck(OPERATOR.default, arguments)
     _, mean, rstd = OPERATOR(*arguments)
@@ -135,6 +176,7 @@ def test_opcheck(dtype, silu, make_norm_case):
     )
 
 
-def test_native_was_not_written():
-    path = ops._choose("group_norm_silu", torch.device("cpu"), "native")
-    assert (path.name, path.skipped) == ("torch", {"native": "no native version of this operator"})
+def test_other_devices_get_channels_last(make_norm_case):
+    inputs, _ = make_norm_case(layout=torch.contiguous_format).inputs()
+    y, *_ = OPERATOR(*(x.to("meta") for x in inputs), 2, 1e-5, True)
+    assert y.is_contiguous(memory_format=torch.channels_last)

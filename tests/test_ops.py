@@ -5,6 +5,8 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from esd_fast import ops
 from esd_fast.operators import common
@@ -244,6 +246,43 @@ def test_meta_tensors(guidance_arguments):
     arguments = [x.to("meta") for x in guidance_arguments()]
     loss, per_sample = guidance_loss(*arguments)
     assert (loss.shape, per_sample.shape) == ((), (2,))
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, _types, args=(), kwargs=None):
+        self.seen.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+CALLS = {
+    "guidance_loss": lambda x: guidance_loss(x, 2 * x, 3 * x, -x, 1.5)[0],
+    "group_norm_silu": lambda x: ops.group_norm_silu(x, x[0, :, 0, 0], x[0, :, 0, 1], 2),
+    "geglu": ops.geglu,
+}
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_the_dispatcher_is_passed_by_only_where_nobody_watches(op, monkeypatch):
+    monkeypatch.setattr(ops, "_torch_runs", lambda *_: False)
+    x = torch.sin(torch.arange(2.0 * 4 * 3 * 6)).view(2, 4, 3, 6)
+    calls = []
+    direct = ops._DIRECT[op]
+    monkeypatch.setitem(ops._DIRECT, op, lambda *args: calls.append(op) or direct(*args))
+    expected = CALLS[op](x)
+    assert calls == [op]
+    with Recorder() as recorder:
+        assert torch.equal(CALLS[op](x), expected)
+    assert f"esd_fast::{op}" in recorder.seen
+    compiled = torch.compile(CALLS[op], backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), expected)
+    with FakeTensorMode() as mode:
+        assert CALLS[op](mode.from_tensor(x)).shape == expected.shape
+    assert CALLS[op](x.to("meta")).shape == expected.shape
+    assert calls == [op]
 
 
 # --- which way is taken ------------------------------------------------------------------------------

@@ -14,21 +14,10 @@ namespace {
 constexpr std::int64_t chunk = 4096;
 constexpr std::int64_t parallel_from = 32768;  // below this many elements, waking a thread costs more
 
-GuidanceLossLoop loop() {
-#ifdef ESD_X86_ISA_LEVELS
-  switch (isa()) {
-    case Isa::avx512: return avx512::guidance_loss;
-    case Isa::avx2: return avx2::guidance_loss;
-    case Isa::baseline: break;
-  }
-#endif
-  return baseline::guidance_loss;
-}
-
 }  // namespace
 
 void guidance_loss(const GuidanceLossArgs& args, int threads) {
-  const GuidanceLossLoop run = loop();
+  const GuidanceLossLoop run = ESD_CHOSEN_LOOPS(guidance_loss);
   const std::int64_t chunks = (args.elements + chunk - 1) / chunk;  // of one sample
   const std::int64_t total = args.batch * chunks;
   std::vector<double> sums(static_cast<std::size_t>(total));

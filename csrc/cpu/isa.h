@@ -9,4 +9,11 @@ enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2 };
 Isa isa();
 const char* isa_name();
 
+// The table of loops `name` of that level.
+#ifdef ESD_X86_ISA_LEVELS
+#define ESD_CHOSEN_LOOPS(name) (isa() == Isa::avx512 ? avx512::name : isa() == Isa::avx2 ? avx2::name : baseline::name)
+#else
+#define ESD_CHOSEN_LOOPS(name) (baseline::name)
+#endif
+
 }  // namespace esd::cpu

@@ -7,27 +7,41 @@ import json
 from pathlib import Path
 from typing import Any
 
+from esd_fast.config import Loading
+
 from .console import quiet_libraries
+from .loading import loading_of
 
 
 def info(arguments: argparse.Namespace) -> int:
     quiet_libraries()
-    found = about(arguments.path)
+    found = about(arguments.path, arguments.model, loading_of(arguments))
     print(json.dumps(found, indent=1) if arguments.json else as_text(found))
     return 0
 
 
-def about(path: str | None) -> dict[str, Any]:
+def about(path: str | None, model: str | None, loading: Loading) -> dict[str, Any]:
+    if path is not None and model is not None:
+        raise ValueError(f"both {path!r} and --model {model!r} are given; ask about one at a time")
     if path is None:
-        return about_machine()
-    if (Path(path) / "model_index.json").exists():
-        return about_model(path)
+        return about_machine() if model is None else about_model(model, loading)
+    if is_model(Path(path)):
+        return about_model(path, loading)
     from esd_fast.erasure import load
 
     erasure = load(path)
     weights = sum(t.numel() for t in erasure.tensors.values())
     told = {k: v for k, v in erasure.manifest.items() if k != "losses"}
     return {**told, "tensors": len(erasure.tensors), "weights": weights}
+
+
+def is_model(path: Path) -> bool:
+    """Whether it is a model rather than an erasure or the folder of a run."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return (path / "model_index.json").exists() or path.suffix in (".ckpt", ".pt", ".pth")
+    from esd_fast.models.checkpoint import open_safetensors
+
+    return any(name.startswith("model.diffusion_model.") for name in open_safetensors(path).tensors)
 
 
 def about_machine() -> dict[str, Any]:
@@ -52,19 +66,18 @@ def about_machine() -> dict[str, Any]:
     }
 
 
-def about_model(path: str) -> dict[str, Any]:
-    """Family and the size of each train method, from the configuration alone."""
+def about_model(source: str, loading: Loading) -> dict[str, Any]:
+    """Family, settings and the size of each train method; no weight is read."""
     import torch
     from diffusers import UNet2DConditionModel
 
-    from esd_fast.models import check_source, described, family_of
+    from esd_fast.models import look_at
     from esd_fast.parameters import METHODS, trainable_names
 
-    check_source(path)
-    pipeline_class, config = described(path)
-    family = family_of(pipeline_class, config)
+    found = look_at(source, loading)
+    family, described = found.family, found.described
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config)
+        unet = UNet2DConditionModel.from_config(dict(described.unet))
     sizes = {n: p.numel() for n, p in unet.named_parameters()}
     methods = {}
     for method in METHODS:
@@ -75,10 +88,14 @@ def about_model(path: str) -> dict[str, Any]:
             continue
         methods[method] = f"{sum(sizes[n] for n in names):,} weights in {len(names)} tensors"
     return {
-        "model": path,
+        "model": source,
         "family": family.name,
-        "pipeline": pipeline_class,
+        "title": family.title,
+        "pipeline": described.pipeline_class,
+        "prediction_type": described.prediction_type or "not said: the UNet is asked when loaded",
+        "native_resolution": described.native_resolution,
         "unet_weights": f"{sum(sizes.values()):,}",
+        "recipe": dict(family.recipe("fast", "esd-x")) or "the defaults",
         "methods": methods,
     }
 

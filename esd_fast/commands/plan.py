@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from esd_fast.config import Loading
+
 from .console import quiet_libraries
+from .loading import loading_of
 
 if TYPE_CHECKING:
     from esd_fast.memory_plan import Choice, MemoryPlan
-
-CONFIGS = Path(__file__).parents[1] / "models" / "configs"
 
 
 def plan(arguments: argparse.Namespace) -> int:
@@ -28,7 +28,7 @@ def plan(arguments: argparse.Namespace) -> int:
     from esd_fast.memory_plan import plan_memory
 
     vram = None if arguments.vram is None else bytes_of(arguments.vram)
-    config, scale = described_unet(arguments.model)
+    config, scale = described_unet(arguments.model, loading_of(arguments))
     made = plan_memory(
         arguments.model,
         config,
@@ -43,21 +43,19 @@ def plan(arguments: argparse.Namespace) -> int:
     return 0 if vram is None or made.fitting(vram) else 1
 
 
-def described_unet(model: str) -> tuple[dict[str, Any], int]:
-    """The UNet's configuration and the pixels of a latent's side, of a packaged name, a diffusers
-    folder or a hub id. No weight is read."""
-    packaged = CONFIGS / f"{model}.json"
-    if packaged.stem == model and packaged.is_file():
-        return json.loads(packaged.read_text()), 8
-    from diffusers import AutoencoderKL
+def described_unet(model: str, loading: Loading | None = None) -> tuple[dict[str, Any], int]:
+    """The UNet's configuration and the pixels of a latent's side, of a family's name, a diffusers
+    folder, a single file or a hub id. No weight is read."""
+    from esd_fast.models import CONFIGS, FAMILIES, look_at
+    from esd_fast.models.folder import described_at
 
-    from esd_fast.models import check_source, described, family_of
-
-    check_source(model)
-    pipeline_class, config = described(model)
-    family_of(pipeline_class, config)  # refuses what could not be erased from
-    vae = AutoencoderKL.load_config(model, subfolder="vae")
-    return config, 2 ** (len(vae["block_out_channels"]) - 1)
+    packaged = model in [family.name for family in FAMILIES]
+    described = (
+        described_at(str(CONFIGS / model))
+        if packaged
+        else look_at(model, loading or Loading()).described
+    )
+    return dict(described.unet), described.vae_scale_factor
 
 
 def as_json(made: MemoryPlan, vram: int | None) -> dict[str, Any]:

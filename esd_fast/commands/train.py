@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esd_fast.config import EraseConfig
+from esd_fast.files import check_target
 from esd_fast.pages import keep_pages
+from esd_fast.parameters import canonical_method
 from esd_fast.prompts import safe_name
 
 from .console import Bars, peak_memory_bytes, quiet_libraries
+from .reference_flags import reference_file, translated
 
 if TYPE_CHECKING:
     from esd_fast.erasure import Erasure
@@ -28,7 +31,10 @@ KEEP_PROMPTS = ("a photo of a dog", "a house by a lake", "a portrait of a woman"
 def train(arguments: argparse.Namespace) -> int:
     """Exit code 0; 130 after Ctrl-C, with the work so far saved."""
     started = process_start()
+    for note in translated(arguments):
+        print(f"note: {note}", file=sys.stderr)
     config = config_of(arguments)
+    delta = delta_place(arguments, config)
     folder = output_folder(arguments.output, config, arguments.overwrite)
     keep_pages()
     bars = Bars()
@@ -38,6 +44,7 @@ def train(arguments: argparse.Namespace) -> int:
     from esd_fast.models import load_model
 
     model = load_model(arguments.model, config)
+    config = config.with_recipe(model.family)
     loaded = time.time() - started
     columns = columns_of(arguments.pictures, model)
     proof = proof_for(model, config, columns, arguments.keep_prompt or KEEP_PROMPTS)
@@ -53,6 +60,8 @@ def train(arguments: argparse.Namespace) -> int:
     finally:
         bars.close()
     save(erasure, folder)
+    if delta:
+        erasure.save(delta)
     if interrupted:
         done = len(erasure.manifest["losses"])
         print(f"interrupted after {done} of {config.iterations} steps; saved in {folder}")
@@ -89,17 +98,39 @@ def config_of(arguments: argparse.Namespace) -> EraseConfig:
     """Every field of EraseConfig that the command line gives."""
     names = {f.name for f in dataclasses.fields(EraseConfig)} - {"concept", "preset"}
     given = {n: getattr(arguments, n) for n in names if hasattr(arguments, n)}
-    return EraseConfig.from_preset(arguments.preset, arguments.concept, arguments.model, **given)
+    return EraseConfig.from_preset(
+        arguments.preset or "fast", arguments.concept, arguments.model, **given
+    )
+
+
+def delta_place(arguments: argparse.Namespace, config: EraseConfig) -> Path | None:
+    """With --save_path: the file that the reference would write there. The run goes beside it."""
+    if arguments.save_path is None:
+        return None
+    folder = Path(arguments.save_path)
+    file = reference_file(
+        folder, config.concept, config.erase_from, canonical_method(config.train_method)
+    )
+    check_target(file, arguments.overwrite)
+    if arguments.output is None:
+        arguments.output = str(free_folder(folder, config, arguments.overwrite))
+    return file
+
+
+def free_folder(parent: Path, config: EraseConfig, overwrite: bool) -> Path:
+    """A name that holds no results yet."""
+    name = f"erased-{safe_name(config.concept)}"
+    folder, number = parent / name, 1
+    while holds_results(folder) and not overwrite:
+        number += 1
+        folder = parent / f"{name}-{number}"
+    return folder
 
 
 def output_folder(output: str | None, config: EraseConfig, overwrite: bool) -> Path:
     """Made, and shown to be writable, before any training. Earlier results are not replaced."""
     if output is None:
-        name = f"erased-{safe_name(config.concept)}"
-        folder, number = Path(name), 1
-        while holds_results(folder) and not overwrite:
-            number += 1
-            folder = Path(f"{name}-{number}")
+        folder = free_folder(Path(), config, overwrite)
     else:
         folder = Path(output)
         if holds_results(folder) and not overwrite:

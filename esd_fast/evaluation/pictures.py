@@ -1,11 +1,11 @@
-"""Pictures of a run: before/after grids, contact sheets, the loss curve. Pillow and numpy only."""
+"""Pictures of a run: grids, the loss curve, PNG files. Pillow and numpy only."""
 
 from __future__ import annotations
 
 import io
 import math
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -38,25 +38,43 @@ class GridRow:
 # --- before/after grid -------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class ComparisonRow:
+    """One prompt drawn several ways: a block of pictures for each, of the same seeds."""
+
+    label: str
+    kind: str  # as a GridRow's; anything else is a note below the label
+    blocks: Sequence[Sequence[Image.Image]]
+
+
 def before_after_grid(rows: Sequence[GridRow], title: str = "") -> Image.Image:
     """One row a prompt, "before" at the left and "after" at the right, one seed a column."""
+    both = [ComparisonRow(row.label, row.kind, (row.before, row.after)) for row in rows]
+    return comparison_grid(both, ("before", "after"), title)
+
+
+def comparison_grid(
+    rows: Sequence[ComparisonRow], headings: Sequence[str], title: str = ""
+) -> Image.Image:
+    """One row a prompt, one block a heading, one seed a column of each block."""
     if not rows:
         return _notice(title, "no pictures")
-    tiles = [([_tile(p) for p in row.before], [_tile(p) for p in row.after]) for row in rows]
-    layout = _GridLayout.of(tiles, bool(title))
+    tiles = [[[tile(p) for p in block] for block in row.blocks] for row in rows]
+    layout = _GridLayout.of(tiles, len(headings), bool(title))
     canvas = Image.new("RGB", (layout.width, layout.height(len(rows))), WHITE)
     draw = ImageDraw.Draw(canvas)
     if title:
         _title(draw, title, layout.margin, layout.margin, layout.width, layout.title_size)
-    for name, x in (("before", layout.before_x), ("after", layout.after_x)):
-        _block_heading(draw, name, x, layout)
-    for index, (row, (before, after)) in enumerate(zip(rows, tiles, strict=True)):
+    for number, heading in enumerate(headings):
+        _block_heading(draw, heading, layout.block_x(number), layout)
+    for index, (row, blocks) in enumerate(zip(rows, tiles, strict=True)):
         y = layout.row_y(index)
         _row_background(draw, row.kind, index, y, layout)
-        _row_label(draw, row, y, layout)
-        for x, block in ((layout.before_x, before), (layout.after_x, after)):
-            for column, tile in enumerate(block):
-                _paste(canvas, tile, (x + column * layout.pitch, y), layout.cell)
+        _row_label(draw, row.label, row.kind, y, layout)
+        for number, block in enumerate(blocks):
+            for column, picture in enumerate(block):
+                corner = layout.block_x(number) + column * layout.pitch, y
+                _paste(canvas, picture, corner, layout.cell)
     return canvas
 
 
@@ -65,20 +83,22 @@ class _GridLayout:
     """Where things are, in pixels."""
 
     cell: tuple[int, int]
-    columns: int
+    blocks: int
+    columns: int  # of a block
     scale: float  # how much the picture exceeds README_WIDTH: text grows with it
     titled: bool
 
     @classmethod
     def of(
-        cls, tiles: Iterable[tuple[list[Image.Image], list[Image.Image]]], titled: bool
+        cls, tiles: Sequence[Sequence[Sequence[Image.Image]]], blocks: int, titled: bool
     ) -> _GridLayout:
-        blocks = [block for pair in tiles for block in pair]
-        sizes = [tile.size for block in blocks for tile in block] or [(SMALLEST, SMALLEST)]
+        each = [block for row in tiles for block in row]
+        sizes = [picture.size for block in each for picture in block] or [(SMALLEST, SMALLEST)]
         cell = max(w for w, _ in sizes), max(h for _, h in sizes)
-        columns = max(1, *(len(block) for block in blocks))
+        columns = max(1, *(len(block) for block in each), 1)
         # the pictures take about 82% of the width
-        return cls(cell, columns, max(1.0, 2 * columns * cell[0] / (0.82 * README_WIDTH)), titled)
+        scale = max(1.0, blocks * columns * cell[0] / (0.82 * README_WIDTH))
+        return cls(cell, blocks, columns, scale, titled)
 
     def px(self, pixels: float) -> int:
         return round(pixels * self.scale)
@@ -107,17 +127,13 @@ class _GridLayout:
     def block_width(self) -> int:
         return self.columns * self.pitch - self.px(5)
 
-    @property
-    def before_x(self) -> int:
-        return self.margin + self.label_width + self.px(12)
-
-    @property
-    def after_x(self) -> int:
-        return self.before_x + self.block_width + self.px(24)
+    def block_x(self, number: int) -> int:
+        first = self.margin + self.label_width + self.px(12)
+        return first + number * (self.block_width + self.px(24))
 
     @property
     def width(self) -> int:
-        return self.after_x + self.block_width + self.margin
+        return self.block_x(self.blocks - 1) + self.block_width + self.margin
 
     @property
     def heading_y(self) -> int:
@@ -131,7 +147,9 @@ class _GridLayout:
 
 
 def _block_heading(draw: ImageDraw.ImageDraw, name: str, x: int, layout: _GridLayout) -> None:
-    draw.text((x, layout.heading_y), name, fill=INK, font=_font(layout.text_size))
+    font = _font(layout.text_size)
+    for line in wrap(name, font, layout.block_width, 1):
+        draw.text((x, layout.heading_y), line, fill=INK, font=font)
 
 
 def _row_background(
@@ -146,52 +164,21 @@ def _row_background(
         draw.line((left, top, right, top), fill=HAIR, width=max(1, layout.px(1)))
 
 
-def _row_label(draw: ImageDraw.ImageDraw, row: GridRow, y: int, layout: _GridLayout) -> None:
+def _row_label(
+    draw: ImageDraw.ImageDraw, label: str, note: str, y: int, layout: _GridLayout
+) -> None:
     font, small = _font(layout.text_size), _font(layout.px(13))
     step = round(layout.text_size * 1.3)
     fitting = max(1, layout.cell[1] // step - 1)
-    lines = wrap(row.label, font, layout.label_width, min(5, fitting)) or ["(empty prompt)"]
-    kind = wrap(row.kind, small, layout.label_width, 1)
+    lines = wrap(label, font, layout.label_width, min(5, fitting)) or ["(empty prompt)"]
+    kind = wrap(note, small, layout.label_width, 1)
     x = layout.margin + layout.px(4)
     top = y + (layout.cell[1] - step * (len(lines) + len(kind))) // 2
     for number, line in enumerate(lines):
         draw.text((x, top + number * step), line, fill=INK, font=font)
     for line in kind:
-        colour = KIND_COLOURS.get(row.kind, MUTED)
+        colour = KIND_COLOURS.get(note, MUTED)
         draw.text((x, top + len(lines) * step + layout.px(1)), line, fill=colour, font=small)
-
-
-# --- contact sheet -----------------------------------------------------------------------------
-
-
-def contact_sheet(
-    images: Sequence[Image.Image], labels: Sequence[str], columns: int
-) -> Image.Image:
-    """Pictures in reading order, `columns` a row, each with its label below it."""
-    if columns < 1:
-        raise ValueError(f"columns={columns!r}: a contact sheet needs at least 1")
-    if len(images) != len(labels):
-        raise ValueError(
-            f"{len(images)} images with {len(labels)} labels: give one label a picture"
-        )
-    if not images:
-        return _notice("", "no pictures")
-    tiles = [_tile(image) for image in images]
-    cell = max(t.width for t in tiles), max(t.height for t in tiles)
-    columns = min(columns, len(tiles))
-    gap, caption, margin = 8, 26, 12
-    pitch_x, pitch_y = cell[0] + gap, cell[1] + caption + gap
-    rows = math.ceil(len(tiles) / columns)
-    size = columns * pitch_x - gap + 2 * margin, rows * pitch_y - gap + 2 * margin
-    canvas = Image.new("RGB", size, WHITE)
-    draw, font = ImageDraw.Draw(canvas), _font(14)
-    for index, (tile, label) in enumerate(zip(tiles, labels, strict=True)):
-        x, y = margin + index % columns * pitch_x, margin + index // columns * pitch_y
-        _paste(canvas, tile, (x, y), cell)
-        for line in wrap(label, font, cell[0], 1):
-            left = x + (cell[0] - font.getlength(line)) / 2
-            draw.text((left, y + cell[1] + 4), line, fill=INK, font=font)
-    return canvas
 
 
 # --- loss curve --------------------------------------------------------------------------------
@@ -385,18 +372,39 @@ def save_png(
             raise ValueError(
                 f"metadata key {key!r}: PNG keys are 1 to 79 printable ASCII characters"
             )
-        # PNG text ends at NUL, and UTF-8 has no lone surrogates; all else is kept as it is
-        chunks.add_text(key, value.replace("\0", "").encode("utf-8", "replace").decode("utf-8"))
+        chunks.add_text(key, png_text(value))
     data = io.BytesIO()
     image.save(data, format="PNG", optimize=True, pnginfo=chunks)
     return write_atomically(path, data.getvalue())
 
 
+def png_text(text: str) -> str:
+    """As a PNG holds it: text ends at NUL, and UTF-8 has no lone surrogates; all else is kept."""
+    return text.replace("\0", "").encode("utf-8", "replace").decode("utf-8")
+
+
+def read_png_text(path: Path) -> dict[str, str] | None:
+    """The metadata that `save_png` wrote; None where there is no whole PNG."""
+    try:
+        with path.open("rb") as file:
+            file.seek(-len(PNG_END), io.SEEK_END)
+            if file.read() != PNG_END:
+                return None
+        # .info has what stands before the pixels; .text would decode them to look behind
+        with Image.open(path, formats=("PNG",)) as image:
+            return {str(k): v for k, v in image.info.items() if isinstance(v, str)}
+    except (OSError, ValueError, SyntaxError):  # what Pillow raises for a damaged file
+        return None
+
+
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+
 # --- tiles -------------------------------------------------------------------------------------
 
 
-def _tile(image: Image.Image) -> Image.Image:
-    """RGB on white; small pictures enlarged by a whole factor, so that pixels stay square."""
+def tile(image: Image.Image) -> Image.Image:
+    """RGB on white as grids show it, which keeps a picture of theirs as it is; small ones are
+    enlarged by a whole factor, so that pixels stay square."""
     if image.width < 1 or image.height < 1:
         return Image.new("RGB", (SMALLEST, SMALLEST), HAIR)
     rgb = _on_white(image)

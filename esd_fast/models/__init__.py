@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,114 +10,101 @@ import torch
 
 from esd_fast import processor
 from esd_fast.demo import is_embedded, model_path
+from esd_fast.live import check_workable
 
-from .base import Conditioning, Family, Model, PromptSet
-from .sd import StableDiffusion
+from .base import Conditioning, Described, Family, Model, PromptSet
+from .checkpoint import SUFFIXES
+from .families import FAMILIES, family_of
+from .folder import Folder, look_at_folder
+from .prediction import settle
+from .single_file import CONFIGS, SingleFile, look_at_file
+from .tokenizer import check_vocabulary
 
 if TYPE_CHECKING:
-    from esd_fast.config import EraseConfig
+    from esd_fast.config import EraseConfig, Loading
 
-__all__ = ["Conditioning", "Family", "Model", "PromptSet", "load_model"]
-
-PICKLED = (".ckpt", ".pt", ".pth", ".bin")
-FAMILIES: tuple[Family, ...] = (StableDiffusion(),)
+__all__ = [
+    "CONFIGS",
+    "FAMILIES",
+    "Conditioning",
+    "Described",
+    "Family",
+    "Model",
+    "PromptSet",
+    "load_model",
+    "look_at",
+]
 
 
 def load_model(model: Any, config: EraseConfig) -> Model:
-    """`model`: a live pipeline, a diffusers folder, a hub id, or None for the embedded one.
+    """`model`: a live pipeline, a diffusers folder, a hub id, a single file in the original
+    layout, or None for the embedded one.
 
-    Raises ValueError where the model is of no family known here, FileNotFoundError where a path
-    leads nowhere; both before any weight is read.
+    Raises ValueError where the model is of no family known here or its file is damaged,
+    FileNotFoundError where a path leads nowhere; all before a weight is read.
     """
     if hasattr(model, "unet") and hasattr(model, "scheduler"):
         check_live(model, config)
-        family = family_of(type(model).__name__, dict(model.unet.config))
-        return Model(family, model, source_of(model), True)
-    if model is None:
-        source = str(model_path())
-    elif isinstance(model, (str, Path)):
-        source = str(model)
-    else:
+        check_vocabulary(model)
+        return Model(family_of(described_live(model)), model, source_of(model), True)
+    if model is not None and not isinstance(model, (str, Path)):
         raise ValueError(
             f"model is a {type(model).__name__}; it must be a diffusers pipeline, a folder, "
-            "a hub id, or None for the embedded model"
+            "a checkpoint file, a hub id, or None for the embedded model"
         )
-    check_source(source)
-    pipeline_class, unet_config = described(source)
-    family = family_of(pipeline_class, unet_config)
+    found = look_at(str(model_path() if model is None else model), config.loading)
     device = resolve_device(config.device)
-    pipeline = family.load(source, resolve_dtype(config.dtype, device, unet_config))
+    pipeline = found.load(resolve_dtype(config.dtype, device, found.described.unet))
+    check_vocabulary(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.unet.to(device)  # the VAE stays behind: no picture is decoded in training
-    return Model(family, pipeline, source_of(pipeline), False)
+    if found.described.prediction_type is None:
+        settle(found.family, pipeline)
+    source = "embedded" if is_embedded(found.source) else found.source
+    return Model(found.family, pipeline, source, False)
+
+
+def look_at(source: str, loading: Loading) -> Folder | SingleFile:
+    """What the model at `source` is, without reading a weight; raises as `load_model` does."""
+    check_source(source)
+    if Path(source).is_file():
+        return look_at_file(Path(source), loading)
+    return look_at_folder(source, loading)
+
+
+def described_live(pipeline: Any) -> Described:
+    there = {name: part for name, part in pipeline.components.items() if part is not None}
+    configs = {
+        name: dict(there[name].config) if name in there else {}
+        for name in ("unet", "scheduler", "vae")
+    }
+    return Described(type(pipeline).__name__, frozenset(there), **configs)
 
 
 def source_of(pipeline: Any) -> str:
-    """Where a pipeline came from, for the manifest."""
+    """Where a live pipeline came from, for the manifest."""
     if is_embedded(pipeline):
         return "embedded"
     return str(pipeline.config.get("_name_or_path") or "pipeline")
 
 
-def family_of(pipeline_class: str, unet_config: dict[str, Any]) -> Family:
-    channels = unet_config.get("in_channels"), unet_config.get("out_channels")
-    if channels[0] != channels[1]:
-        raise ValueError(
-            f"this UNet takes {channels[0]} channels and gives {channels[1]} (inpainting, depth or "
-            "instruction models do); ESD needs a plain text-to-image model"
-        )
-    if unet_config.get("time_cond_proj_dim"):
-        raise ValueError(
-            "this UNet embeds its guidance (a turbo or LCM distillation); erase from the model "
-            "that it was distilled from"
-        )
-    for family in FAMILIES:
-        if family.claims(pipeline_class, unet_config):
-            return family
-    known = ", ".join(f.name for f in FAMILIES)
-    raise ValueError(f"{pipeline_class or 'this model'} is of no family known here ({known})")
-
-
-def described(source: str) -> tuple[str, dict[str, Any]]:
-    """Pipeline class and UNet configuration, without reading a weight."""
-    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-
-    index = StableDiffusionPipeline.load_config(source)
-    if "unet" not in index:
-        return str(index.get("_class_name", "")), {"in_channels": 4, "out_channels": 4}
-    config = UNet2DConditionModel.load_config(source, subfolder="unet")
-    return str(index.get("_class_name", "")), dict(config)
-
-
 def check_source(source: str) -> None:
-    """Name what is wrong with a path before diffusers takes it for a hub id."""
+    """A path that leads nowhere is no hub id. Raises FileNotFoundError."""
     path = Path(source)
-    if path.is_dir():
-        index = path / "model_index.json"
-        if not index.is_file():
-            raise FileNotFoundError(f"{path} holds no model_index.json: no diffusers model folder")
-        try:
-            json.loads(index.read_text())
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{index} cannot be read: {error}") from None
-    elif path.is_file():
-        pickled = path.suffix in PICKLED
-        reason = " (it may also hold pickled code, which is never run here)" if pickled else ""
-        raise ValueError(
-            f"{path} is a single file{reason}; convert it to a diffusers folder first: "
-            "StableDiffusionPipeline.from_single_file(...).save_pretrained(folder)"
-        )
-    elif (
+    if path.exists():
+        return
+    if (
         source.startswith((".", "/", "~"))
         or source.count("/") > 1
         or "\\" in source
-        or path.suffix in (*PICKLED, ".safetensors")
+        or path.suffix in SUFFIXES
     ):
         raise FileNotFoundError(f"model {source!r} does not exist")
 
 
 def check_live(pipeline: Any, config: EraseConfig) -> None:
     """A caller's pipeline is never converted or moved behind his back."""
+    check_workable(pipeline)
     have, want = str(pipeline.unet.dtype).removeprefix("torch."), config.dtype
     if want not in ("auto", have):
         raise ValueError(f"dtype is {want!r}, the pipeline is {have}; load it with torch_dtype")
@@ -126,6 +113,16 @@ def check_live(pipeline: Any, config: EraseConfig) -> None:
         raise ValueError(
             f"device is {config.device!r}, the pipeline is on {place}; move it with .to()"
         )
+    predicts = pipeline.scheduler.config.get("prediction_type", "epsilon")
+    if config.prediction_type not in ("auto", predicts):
+        raise ValueError(
+            f"prediction_type is {config.prediction_type!r}, the pipeline's scheduler has "
+            f"{predicts!r}; give it another scheduler"
+        )
+    unused = {"variant": None, "ema": "auto", "allow_pickle": False, "model_config": None}
+    for name, plain in unused.items():
+        if getattr(config, name) != plain:
+            raise ValueError(f"{name} is {getattr(config, name)!r}; the pipeline is loaded already")
 
 
 def resolve_device(device: str) -> torch.device:
@@ -149,7 +146,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(
-    dtype: str, device: torch.device, unet_config: dict[str, Any] | None = None
+    dtype: str, device: torch.device, unet_config: Mapping[str, Any] | None = None
 ) -> torch.dtype:
     """ "auto" on the CPU depends on the UNet; without its configuration it is a small one."""
     if dtype != "auto":

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol
 
 import torch
+
+from esd_fast.live import plain_module
 
 
 @dataclass(frozen=True)
@@ -48,16 +51,70 @@ class PromptSet:
         return Conditioning.joined([self.by_name[n] for n in names for _ in range(batch)])
 
 
+@dataclass(frozen=True)
+class Described:
+    """What a model's configurations say; no weight has been read."""
+
+    pipeline_class: str
+    components: frozenset[str]
+    """Names of the components that are there, such as "text_encoder_2"."""
+    unet: Mapping[str, Any]
+    """The UNet's configuration; empty where there is no UNet. So for the others."""
+    scheduler: Mapping[str, Any]
+    vae: Mapping[str, Any]
+
+    @property
+    def prediction_type(self) -> str | None:
+        """Of the UNet: "epsilon", "v_prediction"; None where only its weights can tell."""
+        return self.scheduler.get("prediction_type", "epsilon")
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels of a latent's side, as diffusers' pipelines count them."""
+        return 2 ** (len(self.vae["block_out_channels"]) - 1) if self.vae else 8
+
+    @property
+    def native_resolution(self) -> int:
+        """Pixels a side that the model was made for."""
+        return int(self.unet["sample_size"]) * self.vae_scale_factor
+
+    def changed(self, component: str, **values: Any) -> Described:
+        """With other values in one component's configuration."""
+        config = {**getattr(self, component), **values}
+        return replace(self, **{component: config})  # type: ignore[arg-type]
+
+
 class Family(Protocol):
     """One model family: a file in models/."""
 
     name: str
+    """Of the family, of its folder in configs/, and in the manifest."""
+    title: str
+    """For people."""
+    pipeline_class: str
+    """Of diffusers, by name: it loads and draws."""
+    load_options: ClassVar[Mapping[str, Any]]
+    """Arguments of the pipeline class that its users would always give."""
+    sample_sizes: ClassVar[Mapping[str, int]]
+    """Latents a side of the published models, by what they predict. Where there are two, a single
+    file that does not say which it is of is asked (prediction.py)."""
 
-    def claims(self, pipeline_class: str, unet_config: dict[str, Any]) -> bool: ...
+    def claims(self, described: Described) -> bool:
+        """Whether a model with these configurations is of this family."""
+        ...
 
-    def load(self, source: str, dtype: torch.dtype) -> Any: ...
+    def claims_file(self, shapes: Mapping[str, torch.Size]) -> bool:
+        """Whether a file with these tensors, in the original layout, is of this family."""
+        ...
 
-    def encode(self, pipeline: Any, prompt: str | list[str], resolution: int) -> Conditioning: ...
+    def recipe(self, preset: str, train_method: str) -> Mapping[str, Any]:
+        """Settings whose values differ from the preset's own for this family."""
+        ...
+
+    def encode(self, pipeline: Any, prompt: str | list[str], resolution: int) -> Conditioning:
+        """`prompt`, (B, ...), as the family's pipeline encodes it for pictures of `resolution`
+        pixels a side; warns of what a tokenizer's limit cuts off."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -71,7 +128,7 @@ class Model:
 
     @property
     def unet(self) -> torch.nn.Module:
-        return self.pipeline.unet
+        return plain_module(self.pipeline.unet)
 
     @property
     def device(self) -> torch.device:

@@ -1,50 +1,45 @@
-"""Stable Diffusion 1.x and 2.x: one text encoder, epsilon or v-prediction."""
+"""What Stable Diffusion 1.x and 2.x share: one text encoder, nothing but the text to ask with."""
 
 from __future__ import annotations
 
-import warnings
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 
-from esd_fast.prompts import lost_by_truncation
-
-from .base import Conditioning
+from .base import Conditioning, Described
+from .text import say_what_is_lost, visiting
 
 
 class StableDiffusion:
-    name = "sd"
+    """Whether a model is of 1.x or 2.x, sd1.py and sd2.py say."""
 
-    def claims(self, pipeline_class: str, unet_config: dict[str, Any]) -> bool:
-        return pipeline_class == "StableDiffusionPipeline" and not unet_config.get(
-            "addition_embed_type"
+    pipeline_class = "StableDiffusionPipeline"
+    # pictures in training are nobody's to see, and the checker costs a gigabyte
+    load_options: ClassVar[Mapping[str, Any]] = {
+        "safety_checker": None,
+        "requires_safety_checker": False,
+    }
+
+    linear_projection: bool
+
+    def claims(self, described: Described) -> bool:
+        return (
+            described.pipeline_class
+            in ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+            and not described.unet.get("addition_embed_type")
+            and bool(described.unet.get("use_linear_projection")) == self.linear_projection
         )
 
-    def load(self, source: str, dtype: torch.dtype) -> Any:
-        from diffusers import StableDiffusionPipeline
-
-        return StableDiffusionPipeline.from_pretrained(
-            source,
-            dtype=dtype,
-            # pictures in training are nobody's to see, and the checker costs a gigabyte
-            safety_checker=None,
-            requires_safety_checker=False,
-            # safetensors only: a pickle would run code
-            use_safetensors=True,
-        )
+    def recipe(self, preset: str, train_method: str) -> Mapping[str, Any]:  # noqa: ARG002
+        return {}  # the presets are this family's
 
     @torch.no_grad()
     def encode(self, pipeline: Any, prompt: str | list[str], resolution: int) -> Conditioning:  # noqa: ARG002
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        for lost in filter(None, (lost_by_truncation(pipeline.tokenizer, p) for p in prompts)):
-            warnings.warn(f"the prompt is too long for the model; lost: {lost!r}", stacklevel=2)
-        encoder = pipeline.text_encoder
-        home, device = encoder.device, pipeline.unet.device
-        try:
-            encoder.to(device)
+        say_what_is_lost([pipeline.tokenizer], prompt)
+        device = pipeline.unet.device
+        with visiting(device, pipeline.text_encoder):
             embeddings, _ = pipeline.encode_prompt(
                 prompt, device, num_images_per_prompt=1, do_classifier_free_guidance=False
             )
-        finally:
-            encoder.to(home)
         return Conditioning(embeddings.to(pipeline.unet.dtype))

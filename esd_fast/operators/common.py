@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import Parameter
 
 Implementation = Callable[..., tuple[Tensor, ...]]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -54,6 +56,17 @@ class Pair:
         return *results, *self.backward(*self.gradient_arguments(grad, arguments, results))
 
 
+def nobody_watches(*tensors: Tensor) -> bool:
+    """Whether an operator on these may be called past torch's dispatcher, whose way through Python costs more
+    than a small kernel: nothing traces, transforms or records it, and no tensor is more than a tensor."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or any(type(x) not in (Tensor, Parameter) or x.is_meta for x in tensors)
+    )
+
+
 def plain(name: str) -> Implementation:
     """The torch formula kernels/reference.py:<name>."""
 
@@ -74,6 +87,20 @@ def triton(module: str, name: str) -> Implementation:
             return tuple(launch(first, *arguments))
 
     return run
+
+
+def address(
+    name: str, x: Tensor, memory_format: torch.memory_format = torch.contiguous_format
+) -> tuple[int, int]:
+    """What the native module is told of a tensor on the CPU: where it lies, and its dtype's code.
+
+    Raises ValueError where there are no such numbers: another device, a meta or fake tensor, gaps.
+    """
+    if x.device.type != "cpu" or type(x) is FakeTensor:
+        raise ValueError(f"{name}: on {x.device}, {type(x).__name__}: use a real tensor on the CPU")
+    if not x.is_contiguous(memory_format=memory_format):
+        raise ValueError(f"{name}: strides {x.stride()}: use a {memory_format} tensor")
+    return x.data_ptr(), DTYPE_CODES[x.dtype]
 
 
 def check_dtype(name: str, value: Tensor) -> None:

@@ -53,6 +53,36 @@ TRITON = common.Pair(
 )
 
 
+def native(x: Tensor) -> tuple[Tensor, ...]:
+    width = x.shape[-1] // 2
+    y = x.new_empty((*x.shape[:-1], width))
+    common.native().geglu_cpu(
+        common.address("x", x),
+        common.address("y", y),
+        y.numel() // width,
+        width,
+        torch.get_num_threads(),
+    )
+    return (y,)
+
+
+def native_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    width = x.shape[-1] // 2
+    grad_x = torch.empty_like(x)
+    common.native().geglu_backward_cpu(
+        common.address("grad", grad),
+        common.address("x", x),
+        common.address("grad_x", grad_x),
+        grad.numel() // width,
+        width,
+        torch.get_num_threads(),
+    )
+    return (grad_x,)
+
+
+NATIVE_CPU = common.Pair(native, native_backward, gradient_arguments)
+
+
 def example(device: torch.device) -> tuple[Any, ...]:
     return tuple(common.kernels("reference").geglu_example(device))
 
@@ -79,8 +109,10 @@ def backward(ctx: Any, grad: Tensor) -> Tensor:
     return torch.ops.esd_fast.geglu_backward(grad, *ctx.saved_tensors)
 
 
-def register(library: torch.library.Library, chosen: Callable[[torch.device], Any]) -> None:
-    """With torch; `chosen(device)` gives the Pair that runs there."""
+def register(
+    library: torch.library.Library, chosen: Callable[[torch.device], Any]
+) -> Callable[[Tensor], Tensor]:
+    """With torch; `chosen(device)` gives the Pair that runs there. Returns the operator past the dispatcher."""
 
     def real(x: Tensor) -> Tensor:
         check(x)
@@ -101,3 +133,16 @@ def register(library: torch.library.Library, chosen: Callable[[torch.device], An
     torch.library.register_autograd(
         "esd_fast::geglu", backward, setup_context=setup_context, lib=library
     )
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return real(x)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            common.refuse_second_derivative("geglu")
+            return real_backward(grad, *ctx.saved_tensors)
+
+    return Direct.apply

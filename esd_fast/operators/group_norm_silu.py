@@ -1,4 +1,5 @@
-"""GroupNorm with SiLU or without, channels_last: the operator and its gradient's.
+"""GroupNorm with SiLU or without: the operator and its gradient's. Results are channels_last; on the CPU, whose
+convolutions do not ask for it, only where x is, and contiguous else.
 
 For its gradient it keeps x (the caller's own tensor, no copy), and mean and rstd, two numbers a group; the
 SiLU is computed again. That is what plain torch keeps for the norm alone, without what it keeps for the SiLU.
@@ -46,6 +47,15 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def memory_format(x: Tensor) -> torch.memory_format:
+    """In which the kernels get pictures, and results go out."""
+    if x.device.type != "cpu":
+        return torch.channels_last
+    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        return torch.contiguous_format
+    return torch.channels_last
+
+
 def gradient_arguments(
     grad: Tensor, arguments: tuple[Any, ...], results: tuple[Tensor, ...]
 ) -> tuple[Any, ...]:
@@ -59,10 +69,85 @@ def pair(forward: common.Implementation, backward: common.Implementation) -> com
 
 
 PLAIN = pair(common.plain("group_norm_silu"), common.plain("group_norm_silu_backward"))
-TRITON = pair(
-    common.triton("group_norm_silu", "group_norm_silu"),
-    common.triton("group_norm_silu", "group_norm_silu_backward"),
-)
+
+
+def triton(name: str) -> common.Implementation:
+    """The launcher, whose pictures (x; grad and x) are channels_last on the CPU too, in the interpreter."""
+    launch, pictures = common.triton("group_norm_silu", name), 2 if "backward" in name else 1
+
+    def run(*arguments: Any) -> tuple[Tensor, ...]:
+        return launch(*map(channels_last, arguments[:pictures]), *arguments[pictures:])
+
+    return run
+
+
+TRITON = pair(triton("group_norm_silu"), triton("group_norm_silu_backward"))
+
+
+# --- the native module -------------------------------------------------------------------------------
+
+
+def sizes(x: Tensor, groups: int) -> tuple[int, ...]:
+    batch, channels, height, width = x.shape
+    return batch, channels, height * width, groups
+
+
+def native(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
+) -> tuple[Tensor, ...]:
+    layout = memory_format(x)
+    y = torch.empty_like(x, memory_format=layout)
+    mean, rstd = (x.new_empty((x.shape[0], groups), dtype=torch.float32) for _ in range(2))
+    common.native().group_norm_silu_cpu(
+        common.address("x", x, layout),
+        common.address("weight", weight),
+        common.address("bias", bias),
+        common.address("y", y, layout),
+        mean.data_ptr(),
+        rstd.data_ptr(),
+        sizes(x, groups),
+        eps,
+        silu,
+        layout == torch.channels_last,
+        torch.get_num_threads(),
+    )
+    return y, mean, rstd
+
+
+def native_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    silu: bool,
+    parameters: bool,
+) -> tuple[Tensor, ...]:
+    layout = memory_format(x)
+    grad_x = torch.empty_like(x, memory_format=layout)
+    size = x.shape[1] if parameters else 0
+    grad_weight, grad_bias = weight.new_empty(size), bias.new_empty(size)
+    common.native().group_norm_silu_backward_cpu(
+        common.address("grad", grad, layout),
+        common.address("x", x, layout),
+        common.address("mean", mean)[0],
+        common.address("rstd", rstd)[0],
+        common.address("weight", weight),
+        common.address("bias", bias),
+        common.address("grad_x", grad_x, layout),
+        common.address("grad_weight", grad_weight),  # 0 where it is empty
+        common.address("grad_bias", grad_bias),
+        sizes(x, groups),
+        silu,
+        layout == torch.channels_last,
+        torch.get_num_threads(),
+    )
+    return grad_x, grad_weight, grad_bias
+
+
+NATIVE_CPU = pair(native, native_backward)
 
 
 def example(device: torch.device) -> tuple[Any, ...]:
@@ -81,7 +166,7 @@ def fake(
     silu: bool,  # noqa: ARG001
 ) -> tuple[Tensor, ...]:
     check(x, weight, bias, groups)
-    y = torch.empty_like(x, memory_format=torch.channels_last)
+    y = torch.empty_like(x, memory_format=memory_format(x))
     mean, rstd = (x.new_empty((x.shape[0], groups), dtype=torch.float32) for _ in range(2))
     return y, mean, rstd
 
@@ -98,7 +183,7 @@ def fake_backward(
     parameters: bool,
 ) -> tuple[Tensor, ...]:
     check_backward(grad, x, mean, rstd, weight, bias, groups)
-    grad_x = torch.empty_like(x, memory_format=torch.channels_last)
+    grad_x = torch.empty_like(x, memory_format=memory_format(x))
     size = x.shape[1] if parameters else 0
     return grad_x, weight.new_empty(size), bias.new_empty(size)
 
@@ -134,27 +219,37 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    return gradients(ctx, grad, torch.ops.esd_fast.group_norm_silu_backward)
+
+
+def gradients(ctx: Any, grad: Tensor, run: Callable[..., Any]) -> tuple[Tensor | None, ...]:
     common.refuse_second_derivative("group_norm_silu")
     of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
-    gradients = torch.ops.esd_fast.group_norm_silu_backward(
-        grad, *ctx.saved_tensors, ctx.groups, ctx.silu, of_weight or of_bias
-    )
+    found = run(grad, *ctx.saved_tensors, ctx.groups, ctx.silu, of_weight or of_bias)
     wanted = (of_x, of_weight, of_bias)
-    return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), None, None, None
+    return *(g if w else None for g, w in zip(found, wanted, strict=True)), None, None, None
 
 
-def register(library: torch.library.Library, chosen: Callable[[torch.device], Any]) -> None:
-    """With torch; `chosen(device)` gives the Pair that runs there."""
+def register(
+    library: torch.library.Library, chosen: Callable[[torch.device], Any]
+) -> Callable[..., Tensor]:
+    """With torch; `chosen(device)` gives the Pair that runs there. Returns the operator, y alone, past the
+    dispatcher."""
 
     def real(
         x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
     ) -> tuple[Tensor, ...]:
         check(x, weight, bias, groups)
-        run = chosen(x.device).forward
+        run, layout = chosen(x.device).forward, memory_format(x)
         y, mean, rstd = run(
-            channels_last(x), weight.contiguous(), bias.contiguous(), groups, eps, silu
+            x.contiguous(memory_format=layout),
+            weight.contiguous(),
+            bias.contiguous(),
+            groups,
+            eps,
+            silu,
         )
-        return channels_last(y), mean, rstd
+        return y.contiguous(memory_format=layout), mean, rstd
 
     def real_backward(
         grad: Tensor,
@@ -168,16 +263,16 @@ def register(library: torch.library.Library, chosen: Callable[[torch.device], An
         parameters: bool,
     ) -> tuple[Tensor, ...]:
         check_backward(grad, x, mean, rstd, weight, bias, groups)
-        tensors = (mean, rstd, weight, bias)
+        tensors, layout = (mean, rstd, weight, bias), memory_format(x)
         grad_x, *others = chosen(x.device).backward(
-            channels_last(grad),
-            channels_last(x),
+            grad.contiguous(memory_format=layout),
+            x.contiguous(memory_format=layout),
             *(t.contiguous() for t in tensors),
             groups,
             silu,
             parameters,
         )
-        return channels_last(grad_x), *others
+        return grad_x.contiguous(memory_format=layout), *others
 
     library.define(
         "group_norm_silu(Tensor x, Tensor weight, Tensor bias, int groups, float eps, bool silu) "
@@ -194,3 +289,19 @@ def register(library: torch.library.Library, chosen: Callable[[torch.device], An
     torch.library.register_autograd(
         "esd_fast::group_norm_silu", backward, setup_context=setup_context, lib=library
     )
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(
+            ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
+        ) -> Tensor:
+            y, mean, rstd = real(x, weight, bias, groups, eps, silu)
+            ctx.groups, ctx.silu = groups, silu
+            ctx.save_for_backward(x, mean, rstd, weight, bias)
+            return y
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+            return gradients(ctx, grad, real_backward)
+
+    return Direct.apply

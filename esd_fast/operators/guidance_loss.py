@@ -22,19 +22,30 @@ def refuse_gradients(*constants: Tensor | float) -> None:
             )
 
 
-def check_predictions(student: Tensor, *teachers: Tensor) -> None:
+def gradient_scale(student: Tensor) -> float:
+    """About B M / 2 in float16, so that it holds the gradient before the loss scale reaches it (d loss is
+    2 / (B M) of an error), and a power of two, so that taking it out again rounds nothing."""
+    return 2.0 ** (student.numel().bit_length() - 2) if student.dtype == torch.float16 else 1.0
+
+
+def check_student(student: Tensor) -> None:
     if student.dim() == 0 or student.numel() == 0:
         raise ValueError(
             f"student: shape {tuple(student.shape)}: give at least one sample, as (B, ...)"
         )
+
+
+def check_predictions(student: Tensor, *teachers: Tensor) -> None:
+    check_student(student)
+    shape, device = student.shape, student.device
     for name, value in zip(ARGUMENTS, (student, *teachers), strict=False):
         if value.dtype not in common.DTYPE_CODES:
             raise ValueError(f"{name}: dtype {value.dtype}: use float32, bfloat16 or float16")
-        if value.shape != student.shape:
+        if value.shape != shape:
             raise ValueError(
                 f"{name}: shape {tuple(value.shape)}: use that of student, {tuple(student.shape)}"
             )
-        if value.device != student.device:
+        if value.device != device:
             raise ValueError(
                 f"{name}: on {value.device}: move it to student's device, {student.device}"
             )
@@ -86,9 +97,9 @@ def samples_dense(x: Tensor) -> bool:
 
 def like(student: Tensor, teacher: Tensor) -> Tensor:
     """`teacher` in the memory layout of `student`."""
-    if teacher.stride() == student.stride() or (
-        teacher.is_contiguous() and student.is_contiguous()
-    ):
+    if teacher.is_contiguous() and student.is_contiguous():
+        return teacher
+    if teacher.stride() == student.stride():
         return teacher
     return torch.empty_like(student, dtype=teacher.dtype).copy_(teacher)
 
@@ -179,15 +190,18 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     common.refuse_second_derivative("guidance_loss")  # the saved gradient is a constant to autograd
     (gradient,) = ctx.saved_tensors
-    factor = grad_loss / ctx.gradient_scale
+    factor = grad_loss if ctx.gradient_scale == 1 else grad_loss / ctx.gradient_scale
     if gradient.dtype == torch.float32 or gradient.device.type == "cpu":
         return gradient * factor, *(None,) * 6
     # On a GPU the product would round the factor to the gradient's dtype first.
     return (gradient.float() * factor).to(gradient.dtype), *(None,) * 6
 
 
-def register(library: torch.library.Library, chosen: Callable[[torch.device], Any]) -> None:
-    """With torch; `chosen(device)` gives what runs there."""
+def register(
+    library: torch.library.Library, chosen: Callable[[torch.device], Any]
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """With torch; `chosen(device)` gives what runs there. Returns the operator past the dispatcher: loss
+    and per_sample of (student, all the others)."""
 
     def real(
         student: Tensor,
@@ -221,3 +235,18 @@ def register(library: torch.library.Library, chosen: Callable[[torch.device], An
     torch.library.register_autograd(
         "esd_fast::guidance_loss", backward, setup_context=setup_context, lib=library
     )
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, student: Tensor, others: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+            loss, per_sample, gradient = real(student, *others)
+            ctx.mark_non_differentiable(per_sample)
+            ctx.save_for_backward(gradient)
+            ctx.gradient_scale = others[-1]
+            return loss, per_sample
+
+        @staticmethod
+        def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+            return backward(ctx, grad_loss)[:2]
+
+    return Direct.apply

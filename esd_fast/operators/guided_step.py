@@ -86,6 +86,39 @@ PLAIN = common.plain("guided_step")
 TRITON = common.triton("guided_step", "guided_step")
 
 
+def native(
+    predictions: Tensor,
+    index: Tensor,
+    table: Tensor,
+    input_scales: Tensor,
+    rolled: int,
+    guidance_scale: float,
+    history: Tensor,
+    inputs: Tensor,
+    seen: Tensor | None,
+    said: Tensor | None,
+) -> tuple[Tensor, ...]:
+    prompts, batch = predictions.shape[:2]
+    common.native().guided_step_cpu(
+        common.address("predictions", predictions),
+        index.data_ptr(),
+        table.data_ptr(),  # its rows may lie apart
+        table.stride(0),
+        common.address("input_scales", input_scales)[0],
+        rolled,
+        guidance_scale,
+        common.address("history", history)[0],
+        common.address("inputs", inputs),
+        common.address("seen", seen) if seen is not None else (0, common.DTYPE_CODES[inputs.dtype]),
+        common.address("said", said)
+        if said is not None
+        else (0, common.DTYPE_CODES[predictions.dtype]),
+        (prompts, batch, predictions[0, 0].numel(), history.shape[0] - 1),
+        torch.get_num_threads(),
+    )
+    return tuple(x for x in (history, inputs, seen, said) if x is not None)
+
+
 def example(device: torch.device) -> tuple[Any, ...]:
     return tuple(common.kernels("reference").guided_step_example(device))
 

@@ -11,15 +11,17 @@ from PIL import Image
 from esd_fast.evaluation.pictures import (
     CURVE_SIZE,
     ERASED_BAND,
+    ComparisonRow,
     GridRow,
     _font,
     _linear_ticks,
     _log_ticks,
     _running_mean,
     before_after_grid,
-    contact_sheet,
+    comparison_grid,
     drawable,
     loss_curve,
+    read_png_text,
     save_png,
     wrap,
 )
@@ -249,29 +251,32 @@ def test_log_ticks_stand_at_their_own_logarithm(low, high):
         assert math.log10(float(label.replace(",", ""))) == pytest.approx(place, abs=1e-6)
 
 
-# --- contact sheet
+# --- any number of blocks
 
 
-def test_contact_sheet_in_reading_order():
+def test_blocks_stand_side_by_side_in_order():
     colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
-    sheet = contact_sheet([plain(c) for c in colours], ["one", "two", "three"], 2)
-    red, green, blue = (extent(sheet, c) for c in colours)
-    assert red[1] == green[1] < blue[1]
-    assert red[0] == blue[0] < green[0]
-    assert red[2] - red[0] == 126
+    rows = [
+        ComparisonRow("a cat", "case 3, seed 7", [[plain(c)] * 2 for c in colours]),
+        ComparisonRow("a dog", "", [[], [plain(RED)], []]),
+    ]
+    grid = comparison_grid(rows, ["base", "cat", "a name of an erasure " * 9])
+    red, green, blue = (extent(grid, c) for c in colours)
+    assert (red[1], red[3]) == (green[1], green[3]) == (blue[1], blue[3])
+    assert red[2] < green[0]
+    assert green[2] < blue[0]
+    assert green[0] - red[0] == blue[0] - green[0]
+    below = extent(grid, RED)  # in the second row, under the second block
+    assert below[0] == green[0]
+    assert below[1] > green[3]
 
 
-@pytest.mark.parametrize("label", AWKWARD)
-def test_contact_sheet_takes_any_label(label):
-    assert contact_sheet([plain(RED)], [label], 4).width < 200
-
-
-def test_contact_sheet_refuses_what_cannot_be():
-    with pytest.raises(ValueError, match="columns=0"):
-        contact_sheet([], [], 0)
-    with pytest.raises(ValueError, match="1 images with 2 labels"):
-        contact_sheet([plain(RED)], ["a", "b"], 1)
-    assert contact_sheet([], [], 3).width > 100
+@pytest.mark.parametrize("heading", AWKWARD)
+def test_one_block_with_any_heading(heading):
+    rows = [ComparisonRow(heading, heading, [[plain(RED)]])]
+    one, bare = (comparison_grid(rows, [h]) for h in (heading, ""))
+    assert one.size == bare.size
+    assert extent(one, RED) == extent(bare, RED)
 
 
 # --- files
@@ -285,6 +290,17 @@ def test_metadata_comes_back(tmp_path, value):
     with Image.open(path) as read:
         assert read.text == {"concept": value, "seed": "3"}
         assert (rgb(read) == RED).all()
+
+
+def test_what_is_no_whole_png_has_no_metadata(tmp_path):
+    path = save_png(plain(RED), tmp_path / "a.png", {"concept": "cat"})
+    assert read_png_text(path) == {"concept": "cat"}
+    whole = path.read_bytes()
+    for part in (b"", whole[:10], whole[:-1], whole[:-12], b"x" * 40 + whole[-12:]):
+        path.write_bytes(part)
+        assert read_png_text(path) is None
+    assert read_png_text(tmp_path) is None
+    assert read_png_text(tmp_path / "none.png") is None
 
 
 def test_metadata_that_png_cannot_hold(tmp_path):

@@ -4,6 +4,9 @@ import re
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from esd_fast.operators import common
 
 pytestmark = pytest.mark.usefixtures("needs_native")
 
@@ -36,7 +39,8 @@ except RuntimeError as error:
 
 
 def test_operators_at_each_level(isa, run_python):
-    arguments = ("-m", "pytest", "-q", "tests/test_ops.py", "-k", "float64 or layouts or opcheck")
+    files = [f"tests/test_{op}.py" for op in ("ops", "guided_step", "group_norm_silu", "geglu")]
+    arguments = ("-m", "pytest", "-q", *files, "-k", "float64 or layout or every")
     assert " passed" in run_python(*arguments, ESD_CPU_ISA=isa, ESD_OPS="native")
 
 
@@ -88,17 +92,137 @@ def test_unknown_level_is_refused(run_python):
     assert said.strip() == "ESD_CPU_ISA=sse9: use baseline, avx2 or avx512"
 
 
-def test_memory_that_is_not_there(native):
-    fake = (0, 0)
-    with pytest.raises(ValueError, match="without memory"):
-        native.guidance_loss_cpu(fake, fake, fake, fake, 0, 0, 0, 0, 0, 1, 1, 1.0, 1)
+# --- what is refused before an address is used ---------------------------------------------------------
+
+SIZE = 24
+MEMORY = torch.zeros(16 * SIZE)
 
 
-def test_unknown_dtype(native):
-    x = torch.zeros(1)
-    p = x.data_ptr()
-    with pytest.raises(ValueError, match=re.escape("unknown dtype code")):
-        native.guidance_loss_cpu((p, 3), (p, 0), (p, 0), (p, 0), p, p, p, p, p, 1, 1, 1.0, 1)
+def place(number):
+    """The address of the number-th of sixteen pieces of memory that do not overlap."""
+    return MEMORY[number * SIZE :].data_ptr()
+
+
+def tensors(*numbers):
+    return [(place(number), 0) for number in numbers]
+
+
+# name: (arguments that are right, the places of results and of arguments among them)
+CALLS = {
+    "guidance_loss_cpu": (
+        [*tensors(0, 1, 2, 3), *map(place, (4, 5, 6, 7, 8)), 2, 3, 1.0, 1],
+        (6, 7, 8),
+        (0, 1, 2, 3, 4, 5),
+    ),
+    "geglu_cpu": ([*tensors(0, 1), 2, 3, 1], (1,), (0,)),
+    "geglu_backward_cpu": ([*tensors(0, 1, 2), 2, 3, 1], (2,), (0, 1)),
+    "group_norm_silu_cpu": (
+        [*tensors(0, 1, 2, 3), place(4), place(5), (1, 4, 3, 2), 1e-5, True, False, 1],
+        (3, 4, 5),
+        (0, 1, 2),
+    ),
+    "group_norm_silu_backward_cpu": (
+        [
+            *tensors(0, 1),
+            place(2),
+            place(3),
+            *tensors(4, 5, 6, 7, 8),
+            (1, 4, 3, 2),
+            True,
+            False,
+            1,
+        ],
+        (6,),
+        (0, 1, 2, 3, 4, 5),
+    ),
+    "guided_step_cpu": (
+        [
+            *tensors(0),
+            *map(place, (1, 2)),
+            3,
+            place(3),
+            1,
+            3.0,
+            place(4),
+            *tensors(5, 6, 7),
+            (2, 1, 3, 2),
+            1,
+        ],
+        (7, 8),
+        (0, 1, 2, 4),
+    ),
+}
+
+
+@pytest.fixture(params=CALLS)
+def call(request, native):
+    """(function, arguments, places of results, places of arguments)"""
+    arguments, results, given = CALLS[request.param]
+    return getattr(native, request.param), list(arguments), results, given
+
+
+def at(value, address):
+    return (address, value[1]) if isinstance(value, tuple) else address
+
+
+def test_right_arguments_are_taken(call):
+    function, arguments, *_ = call
+    function(*arguments)
+
+
+def test_memory_that_is_not_there(call):
+    function, arguments, results, given = call
+    for position in (*results, *given):
+        wrong = list(arguments)
+        wrong[position] = at(wrong[position], 0)
+        with pytest.raises(ValueError, match="without memory"):
+            function(*wrong)
+
+
+def test_results_that_overlap(call):
+    function, arguments, results, given = call
+    for result in results:
+        for other in (*results, *given):
+            if other == result or (function.__name__, other) == ("guided_step_cpu", 1):
+                continue  # the index is read before anything is written
+            wrong = list(arguments)
+            address = wrong[other][0] if isinstance(wrong[other], tuple) else wrong[other]
+            wrong[result] = at(wrong[result], address)
+            with pytest.raises(ValueError, match="overlap"):
+                function(*wrong)
+
+
+def test_unknown_dtype(call):
+    function, arguments, _, _ = call
+    for code in (-1, 3):
+        wrong = [(x[0], code) if isinstance(x, tuple) and len(x) == 2 else x for x in arguments]
+        with pytest.raises(ValueError, match=re.escape("unknown dtype code")):
+            function(*wrong)
+
+
+def test_sizes_without_sense(native):
+    arguments = list(CALLS["group_norm_silu_cpu"][0])
+    for sizes, why in (((0, 4, 3, 2), "empty"), ((1, 4, 3, 3), "groups"), ((1, 4, -3, 2), "empty")):
+        arguments[6] = sizes
+        with pytest.raises(ValueError, match=why):
+            native.group_norm_silu_cpu(*arguments)
+    arguments = list(CALLS["geglu_cpu"][0])
+    arguments[2] = 0
+    with pytest.raises(ValueError, match="empty"):
+        native.geglu_cpu(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: torch.zeros(2, 3, device="meta"), "x: on meta"),
+        (lambda: FakeTensorMode().from_tensor(torch.zeros(2, 3)), "x: on cpu, FakeTensor"),
+        (lambda: torch.zeros(3, 2).T, r"x: strides \(1, 2\): use a torch.contiguous_format"),
+    ],
+)
+def test_tensors_without_an_address(make, why):
+    with pytest.raises(ValueError, match=why):
+        common.address("x", make())
 
 
 def test_cuda_part_without_a_device(native):

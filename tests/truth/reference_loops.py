@@ -385,7 +385,13 @@ def paper_diffusers(
 
 # ---------------------------------------------------------------------------------------------------- what is trained
 
-ALIASES = {"xattn": "esd-x", "xattn-strict": "esd-x-strict", "noxattn": "esd-u", "full": "esd-all"}
+ALIASES = {
+    "xattn": "esd-x",
+    "xattn-strict": "esd-x-strict",
+    "noxattn": "esd-u",
+    "full": "esd-all",
+    "esd-a": "esd-all",
+}
 
 
 def compvis_name(unet: Any, name: str) -> str:

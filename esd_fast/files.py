@@ -1,0 +1,62 @@
+"""Files and folders written beside their place, then renamed: never half of one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A path to write a file to; it becomes `target` where the block ends well, else it goes."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(target.name + ".part")
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~current_umask())  # safetensors writes for the owner alone
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(target: Path) -> Iterator[Path]:
+    """The same for a folder. One that stood there goes once the new one is whole."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(target.name + ".part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        old = target.with_name(target.name + ".old")
+        if target.exists():
+            target.replace(old)
+        temporary.replace(target)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_target(target: Path, overwrite: bool, *, folder: bool = False) -> None:
+    """Before any work: raises FileExistsError where something is there that must not go. A folder
+    is replaced only where it is empty or a diffusers model."""
+    if folder and target.is_dir() and not any(target.iterdir()):
+        return
+    if not target.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(f"{target} exists; --overwrite (overwrite=True) replaces it")
+    if folder != target.is_dir():
+        kind = "a folder" if target.is_dir() else "a file"
+        raise FileExistsError(f"{target} is {kind}; name another place")
+    if folder and not (target / "model_index.json").is_file():
+        raise FileExistsError(f"{target} is no diffusers model; a folder of yours is not replaced")
+
+
+def current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

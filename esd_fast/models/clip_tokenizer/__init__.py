@@ -1,0 +1,1 @@
+"""CLIP's tokenizer as transformers reads it; build.py made the files."""
