@@ -101,7 +101,7 @@ def measure_base(concepts: list[str], seed: int, sizes: Sizes) -> dict[str, Any]
 
 
 def base_model() -> Any:
-    return load_model(None, esd_fast.EraseConfig(concept="nothing"))
+    return load_model(None, esd_fast.EraseConfig(concept="nothing", dtype="float32"))
 
 
 def concept_prompt(concept: str) -> str:
