@@ -32,7 +32,7 @@ def generate(arguments: argparse.Namespace) -> int:
     from esd_fast.evaluation.gallery import rows_of, write_pages
     from esd_fast.models import load_model
 
-    erasures = [(Path(p), load(p)) for p in arguments.erasure or []]
+    erasures = [(Path(p), load(p, asked.place.allow_pickle)) for p in arguments.erasure or []]
     model = load_model(arguments.model, asked.place)
     check_erasures(erasures, model)
     rows = [row for row in rows_of(asked.cases, asked.images, arguments.seed) if asked.wants(row)]
@@ -94,14 +94,15 @@ class Asked:
 
 def check_erasures(erasures: list[tuple[Path, Erasure]], model: Model) -> None:
     """Raises ValueError where one does not fit; says where one is of other weights."""
-    from esd_fast.erasure import check_match
-    from esd_fast.evaluation.verification import trained_on
+    from esd_fast.erasure import check_match, unet_of
+    from esd_fast.export.merge import was_trained_on
+    from esd_fast.parameters import plain_parameters
 
-    parameters = dict(model.unet.named_parameters())
+    parameters = plain_parameters(unet_of(model.pipeline))
     for path, erasure in erasures:
         check_match(erasure.tensors, parameters)
         weights = {n: p.detach() for n, p in parameters.items() if n in erasure.tensors}
-        if "base_fingerprint" in erasure.manifest and not trained_on(erasure, weights):
+        if "base_fingerprint" in erasure.manifest and not was_trained_on(erasure, weights):
             print(
                 f"note: {path} was trained on other weights than {model.source} holds; "
                 "esd-fast verify says more",

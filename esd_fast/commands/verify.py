@@ -37,7 +37,7 @@ def verify(arguments: argparse.Namespace) -> int:
     bars = Bars()
     manifest: dict[str, Any] = {}
     try:
-        erasure = load(arguments.file)
+        erasure = load(arguments.file, place.allow_pickle)
     except ValueError as error:  # no whole file: that is an answer, not a wrong argument
         found = Verification()
         found.say("file", "problem", str(error), "copy it again, or save it as .safetensors")

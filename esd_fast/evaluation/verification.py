@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from esd_fast.demo import world
-from esd_fast.erasure import Erasure, fingerprint
+from esd_fast.erasure import Erasure, fingerprint, unet_of
+from esd_fast.export.merge import was_trained_on
 from esd_fast.generate import Shot, pictures
-from esd_fast.parameters import trainable_names
+from esd_fast.parameters import plain_parameters, trainable_names
 
 from .key_kinds import what_it_is_for
 from .recognition import Question, erased_questions, judged
@@ -138,12 +139,11 @@ def verify(
     """Look at names and shapes, the base, the values, how far they move the weights, and (with
     `look`) pictures from the same noise. The model is left as it was."""
     found = Verification()
-    unet = uncompiled(model.unet)
-    parameters = dict(unet.named_parameters())
+    unet = unet_of(model.pipeline)
+    parameters: dict[str, torch.Tensor] = dict(plain_parameters(unet))
     check_keys(found, erasure, model, parameters)
     if not found.fine:
         return found
-    # in the UNet's order, as training hashed them
     weights = {n: p.detach() for n, p in parameters.items() if n in erasure.tensors}
     check_values(found, erasure, weights)
     check_moves(found, erasure, weights)
@@ -151,11 +151,6 @@ def verify(
     if look is not None and found.fine_so_far("values"):
         check_pictures(found, erasure, model, unet, look, on_progress)
     return found
-
-
-def uncompiled(unet: torch.nn.Module) -> torch.nn.Module:
-    """What torch.compile wraps: the parameters are the same, their names the plain ones."""
-    return getattr(unet, "_orig_mod", unet)
 
 
 # --- names and shapes ----------------------------------------------------------------------------
@@ -195,7 +190,7 @@ def check_whole(found: Verification, erasure: Erasure, model: Model) -> None:
     """Whether the file has all that its method trains; a file of others may not name one."""
     method = erasure.manifest.get("method")
     try:
-        expected = trainable_names(uncompiled(model.unet), str(method), model.family.name)
+        expected = trainable_names(unet_of(model.pipeline), str(method), model.family.name)
     except ValueError:  # "merged", "unknown", or a method of another program
         return
     missing = [name for name in expected if name not in erasure.tensors]
@@ -346,7 +341,7 @@ def check_base(
     told = erasure.manifest.get("base_fingerprint")
     named = erasure.manifest.get("model", "unknown")
     here = fingerprint(weights)
-    same = None if told is None else trained_on(erasure, weights)
+    same = None if told is None else was_trained_on(erasure, weights)
     found.numbers["base"] = {
         "trained_on": named,
         "fingerprint": told,
@@ -383,16 +378,6 @@ def check_base(
             f"the file does not say which weights it was trained on; it names {named}, this is "
             f"{model.source}",
         )
-
-
-def trained_on(erasure: Erasure, weights: Mapping[str, Tensor]) -> bool:
-    """By fingerprint, in each dtype that training may have held them in: a bfloat16 run reads a
-    float32 folder rounded."""
-    told = erasure.manifest.get("base_fingerprint")
-    return any(
-        fingerprint({n: t if dtype is None else t.to(dtype) for n, t in weights.items()}) == told
-        for dtype in (None, torch.float32, torch.bfloat16, torch.float16)
-    )
 
 
 # --- pictures ------------------------------------------------------------------------------------
