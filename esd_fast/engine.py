@@ -15,7 +15,7 @@ from .checkpointing import blocks_in_backward, checkpointed
 from .config import bytes_of
 from .frozen_conv import frozen_convolutions
 from .kept_projections import kept_projections
-from .packed_weights import packed_weights
+from .packed_weights import FEWEST_WEIGHTS, packed_weights
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -113,14 +113,19 @@ def engaged(
             paths = {"accelerate": "the caller's"}
         else:
             paths = stack.enter_context(accelerate(unet, latent_size=latent_size)).paths_taken()
-        convolutions = stack.enter_context(frozen_convolutions(unet))
+        small = sum(p.numel() for p in unet.parameters()) < FEWEST_WEIGHTS
+        if small:  # a call through Python each way takes longer than such a convolution saves
+            convolutions = "torch's own: the UNet is small"
+        else:
+            count = stack.enter_context(frozen_convolutions(unet))
+            convolutions = f"{count} save only their weight"
         projections = stack.enter_context(kept_projections(unet))
         packing = stack.enter_context(packed_weights(unet, passes=passes))
         stack.enter_context(checkpointed(unet, layout.checkpointed))
         yield {
             **paths,
             "attention": attention_path(unet),
-            "frozen_convolutions": f"{convolutions} save only their weight",
+            "frozen_convolutions": convolutions,
             "prompt_projections": f"{projections} kept while prompt and weight stay the same",
             "packed_weights": str(packing),
             "checkpointing": layout.why,

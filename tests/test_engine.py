@@ -108,11 +108,20 @@ def test_an_available_fast_path_is_taken_and_the_unet_is_as_it_was(
     paths = ours.manifest["paths_taken"]
     for op in ("group_norm_silu", "geglu"):
         assert paths[op].endswith("places: triton"), paths[op]
-    assert paths["frozen_convolutions"].endswith("save only their weight")
+    assert paths["frozen_convolutions"] == "torch's own: the UNet is small"
     assert paths["attention"] == "torch SDPA"
     assert [type(m) for m in pipe.unet.modules()] == classes
     for name, tensor in plain.tensors.items():
         torch.testing.assert_close(ours.tensors[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_a_big_unet_saves_less_for_the_backward(
+    monkeypatch: pytest.MonkeyPatch, plain: Any
+) -> None:
+    monkeypatch.setattr(engine, "FEWEST_WEIGHTS", 0)
+    ours = erased(checkpointing="none")
+    assert ours.manifest["paths_taken"]["frozen_convolutions"].endswith("save only their weight")
+    assert same(ours, plain)
 
 
 def test_a_unet_that_the_caller_accelerated_stays_so() -> None:

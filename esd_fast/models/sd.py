@@ -37,9 +37,9 @@ class StableDiffusion:
     @torch.no_grad()
     def encode(self, pipeline: Any, prompt: str | list[str], resolution: int) -> Conditioning:  # noqa: ARG002
         say_what_is_lost([pipeline.tokenizer], prompt)
-        device = pipeline.unet.device
-        with visiting(device, pipeline.text_encoder):
+        weight = next(pipeline.unet.parameters())  # unet.device and dtype look at every module
+        with visiting(weight.device, pipeline.text_encoder):
             embeddings, _ = pipeline.encode_prompt(
-                prompt, device, num_images_per_prompt=1, do_classifier_free_guidance=False
+                prompt, weight.device, num_images_per_prompt=1, do_classifier_free_guidance=False
             )
-        return Conditioning(embeddings.to(pipeline.unet.dtype))
+        return Conditioning(embeddings.to(weight.dtype))

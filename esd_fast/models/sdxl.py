@@ -50,7 +50,8 @@ class StableDiffusionXL:
         `negative_prompt=""`, and the public script's 2026 form everywhere. (Without a negative
         prompt the pipeline takes zeros where `force_zeros_for_empty_prompt` is set.)"""
         say_what_is_lost([pipeline.tokenizer, pipeline.tokenizer_2], prompt)
-        device, dtype = pipeline.unet.device, pipeline.unet.dtype
+        weight = next(pipeline.unet.parameters())  # unet.device and dtype look at every module
+        device, dtype = weight.device, weight.dtype
         with visiting(device, pipeline.text_encoder, pipeline.text_encoder_2):
             states, _, pooled, _ = pipeline.encode_prompt(
                 prompt, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
