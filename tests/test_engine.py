@@ -121,7 +121,8 @@ def test_a_big_unet_saves_less_for_the_backward(
     monkeypatch.setattr(engine, "FEWEST_WEIGHTS", 0)
     ours = erased(checkpointing="none")
     assert ours.manifest["paths_taken"]["frozen_convolutions"].endswith("save only their weight")
-    assert same(ours, plain)
+    for name, tensor in plain.tensors.items():
+        torch.testing.assert_close(ours.tensors[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 def test_a_unet_that_the_caller_accelerated_stays_so() -> None:

@@ -391,10 +391,11 @@ def test_what_was_measured_names_operators_and_ways():
 
 
 def test_ways_say_what_is_missing_and_what_is_wrong(monkeypatch):
+    entry = vars(ops._OPS["guided_step"])
+    monkeypatch.setitem(ops._OPS, "guided_step", ops._Op(**{**entry, "native_cpu": None}))
     native = ops.ways("guided_step")["native"]
     assert (native.missing, native.wrong) == ("no native version of this operator", "")
     assert native.why == native.missing
-    entry = vars(ops._OPS["guided_step"])
     broken = ops._Op(**{**entry, "native_cpu": lambda *_: 1 / 0})
     monkeypatch.setitem(ops._OPS, "guided_step", broken)
     monkeypatch.setattr(ops, "_implementation", lambda *_: ("native", broken.native_cpu, ""))

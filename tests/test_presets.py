@@ -4,6 +4,7 @@ Both sides get the same draws; the loops know nothing of the package.
 """
 
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from diffusers import (
     PNDMScheduler,
 )
 
+from esd_fast import ops
 from esd_fast.config import EraseConfig
 from esd_fast.objective import Objective
 from esd_fast.plan import Rollout, noise, paper_rollout
@@ -29,6 +31,15 @@ from .truth.reference_loops import (
 )
 
 one_thread = pipelines.one_thread
+
+
+@pytest.fixture(autouse=True)
+def by_torch() -> Iterator[None]:
+    """The recipes, not the operators: their rounding alone decides moves, see SEEDS."""
+    with ops.forced("torch"):
+        yield
+
+
 pytestmark = pytest.mark.filterwarnings(  # numpy 2 in diffusers' schedulers
     "ignore:__array__ implementation:DeprecationWarning"
 )

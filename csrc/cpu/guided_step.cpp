@@ -19,7 +19,7 @@ void guided_step(const GuidedStepArgs& args, int threads) {
   const GuidedStepLoop run = ESD_CHOSEN_LOOPS(guided_step);
   const std::int64_t chunks = (args.elements + chunk - 1) / chunk;  // of one sample
   const std::int64_t total = args.batch * chunks;
-  const bool pays = args.batch * args.elements * (args.call + 2) >= parallel_from;
+  [[maybe_unused]] const bool pays = args.batch * args.elements * (args.call + 2) >= parallel_from;
 #pragma omp parallel for schedule(static) num_threads(threads) if (pays)
   for (std::int64_t task = 0; task < total; ++task) {
     const std::int64_t begin = task % chunks * chunk;
