@@ -1,5 +1,6 @@
 """How a run works the UNet: the result does not depend on it, and the manifest says what was done."""
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -25,9 +26,14 @@ def same(ours: Any, truth: Any) -> bool:
     return all(pipelines.same_bits(ours.tensors[n], t) for n, t in truth.tensors.items())
 
 
-@pytest.fixture(scope="module")
-def plain() -> Any:
+@cache
+def plain_run() -> Any:
     return erased(checkpointing="none")
+
+
+@pytest.fixture
+def plain(one_thread: None) -> Any:  # noqa: ARG001 -- of as many threads as what is compared with it
+    return plain_run()
 
 
 def test_checkpointing_is_not_in_the_result(plain: Any) -> None:
