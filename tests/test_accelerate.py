@@ -117,6 +117,25 @@ def test_same_output_and_gradients(family, dtype, checkpointing, through, monkey
     assert all(same_bits(x, plain[name]) for name, x in results(unet).items())
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_pictures_keep_their_layout_on_the_cpu(family, layout, monkeypatch):
+    """One contiguous picture made channels_last would be followed by all after it, at a price."""
+    monkeypatch.setattr(ops, "_torch_runs", lambda *_: False)
+    path_of = ops.path_of
+    native = lambda op, device: ops.OpPath(op, "native", {}, path_of(op, device).run)  # noqa: E731
+    monkeypatch.setattr(ops, "path_of", native)
+    unet = unet_of(family).to(memory_format=layout)
+    seen = []
+    with accelerate(unet):
+        for module in unet.modules():
+            if isinstance(module, (fast.Resnet, fast.Transformer)):
+                module.register_forward_hook(lambda _, __, output: seen.append(output))
+        results(unet)
+    pictures = [x if isinstance(x, torch.Tensor) else x[0] for x in seen]
+    assert pictures
+    assert all(x.is_contiguous(memory_format=layout) for x in pictures)
+
+
 def places(unet):
     """Resnets, transformers and the last norm."""
     kinds = [type(m).__name__ for m in unet.modules()]

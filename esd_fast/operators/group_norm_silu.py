@@ -155,7 +155,11 @@ def example(device: torch.device) -> tuple[Any, ...]:
 
 
 def even_example(device: torch.device) -> tuple[Any, ...]:
-    return tuple(common.kernels("reference").group_norm_silu_even_example(device))
+    """Contiguous on the CPU, whose kernels take that as well."""
+    arguments, grad = common.kernels("reference").group_norm_silu_even_example(device)
+    if device.type == "cpu":
+        arguments, grad = (arguments[0].contiguous(), *arguments[1:]), grad.contiguous()
+    return arguments, grad
 
 
 # --- the native module: CUDA -------------------------------------------------------------------------
