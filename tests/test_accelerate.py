@@ -122,7 +122,7 @@ def test_pictures_keep_their_layout_on_the_cpu(family, layout, monkeypatch):
     """One contiguous picture made channels_last would be followed by all after it, at a price."""
     monkeypatch.setattr(ops, "_torch_runs", lambda *_: False)
     path_of = ops.path_of
-    native = lambda op, device: ops.OpPath(op, "native", {}, path_of(op, device).run)  # noqa: E731
+    native = lambda op, device: ops.OpPath(op, "native", {}, path_of(op, device).run)
     monkeypatch.setattr(ops, "path_of", native)
     unet = unet_of(family).to(memory_format=layout)
     seen = []
