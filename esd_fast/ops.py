@@ -324,8 +324,8 @@ def group_norm_silu(
     first. All three have gradients (first derivatives). Where torch runs it, it is torch's own functions, and
     the layout is theirs.
     """
-    _group_norm_silu.check(x, weight, bias, groups)
     if _torch_runs("group_norm_silu", x):
+        _group_norm_silu.check(x, weight, bias, groups)
         return _group_norm_silu.as_torch(x, weight, bias, groups, eps, silu)
     if common.nobody_watches(x, weight, bias):
         return _DIRECT["group_norm_silu"](x, weight, bias, groups, eps, silu)
@@ -338,8 +338,8 @@ def geglu(x: Tensor) -> Tensor:
     `x` is float32, bfloat16 or float16; the result (..., D) has its dtype. First derivatives only, except
     where torch runs it: there it is torch's own functions.
     """
-    _geglu.check(x)
     if _torch_runs("geglu", x):
+        _geglu.check(x)
         return _geglu.as_torch(x)
     if common.nobody_watches(x):
         return _DIRECT["geglu"](x)

@@ -52,13 +52,17 @@ constexpr std::int64_t lanes = 16;
 
 inline void load(const float* values, Lanes& into) { std::memcpy(&into, values, sizeof into); }
 
+// By halves, each in a vector of its own: a loop over an array would go through memory.
 inline float total_of(const Lanes& sums) {
-  float parts[lanes];
-  std::memcpy(parts, &sums, sizeof parts);
-  for (std::int64_t width = lanes / 2; width > 0; width /= 2) {
-    for (std::int64_t i = 0; i < width; ++i) parts[i] += parts[i + width];
-  }
-  return parts[0];
+  typedef float Eight __attribute__((vector_size(32)));
+  typedef float Four __attribute__((vector_size(16)));
+  Eight eights[2];
+  std::memcpy(eights, &sums, sizeof sums);
+  const Eight eight = eights[0] + eights[1];
+  Four fours[2];
+  std::memcpy(fours, &eight, sizeof eight);
+  const Four four = fours[0] + fours[1];
+  return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 struct Normal {
