@@ -66,6 +66,7 @@ NORM_SHAPES = {
     "a group wider than a tile": ((2, 1040, 2, 3), 2),
     "a group wider than a tile, several row tiles": ((1, 1048, 6, 9), 1),
     "tiles that end within groups": ((1, 1203, 3, 3), 3),
+    "a group that lies in three tiles": ((1, 303, 5, 70), 3),
     "one group of a few": ((2, 24, 9, 9), 1),
     "a channel a group": ((1, 72, 7, 5), 72),
     "three channels a group": ((1, 24, 40, 20), 8),
