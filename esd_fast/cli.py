@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -63,7 +64,7 @@ def add_train(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="methods:\n" + "\n".join(f"  {n:<14} {text}" for n, text in METHODS.items()),
     )
-    train.set_defaults(run=run_train)
+    train.set_defaults(run=lazily("train"))
     say = train.add_argument
     what = train.add_mutually_exclusive_group(required=True).add_argument
     what(
@@ -181,7 +182,7 @@ def add_generate(commands: Any) -> None:
         "already are not drawn again. The options of the reference's script (names_like_this) "
         "are accepted.",
     )
-    generate.set_defaults(run=run_generate)
+    generate.set_defaults(run=lazily("generate"))
     what = generate.add_mutually_exclusive_group(required=True).add_argument
     what("--prompt", action="append", metavar="PROMPT", help="repeatable")
     what(
@@ -247,7 +248,7 @@ def add_verify(commands: Any) -> None:
         "trained on, its values, how far it moves the weights, and pictures from the same noise "
         "with and without it. Exit code 0: fine; 1: not, and the reason is said.",
     )
-    verify.set_defaults(run=run_verify)
+    verify.set_defaults(run=lazily("verify"))
     verify.add_argument("file", metavar="FILE", help="a delta file or the folder of a run")
     say = verify.add_argument
     add_loading(say, MODELS)
@@ -280,7 +281,7 @@ def add_export(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="formats:\n" + "\n".join(f"  {n:<14} {text}" for n, text in FORMATS.items()),
     )
-    export.set_defaults(run=run_export)
+    export.set_defaults(run=lazily("export"))
     say = export.add_argument
     say("--format", required=True, choices=list(FORMATS), help="see below")
     add_writing(export)
@@ -296,7 +297,7 @@ def add_apply(commands: Any) -> None:
         description="A single file (.safetensors, .ckpt) gives a single file with the same keys; a "
         "diffusers folder or hub id gives a folder.",
     )
-    apply.set_defaults(run=run_apply)
+    apply.set_defaults(run=lazily("export", "apply"))
     add_writing(apply)
 
 
@@ -325,7 +326,7 @@ def add_diff(commands: Any) -> None:
         help="what differs between two checkpoints",
         description="Folders, hub ids, single files or deltas. Exit code 1 where they differ.",
     )
-    diff.set_defaults(run=run_diff)
+    diff.set_defaults(run=lazily("export", "diff"))
     say = diff.add_argument
     say("a")
     say("b")
@@ -337,7 +338,7 @@ def add_diff(commands: Any) -> None:
 
 def add_info(commands: Any) -> None:
     info = commands.add_parser("info", help="what an erasure is, what a model is, what runs here")
-    info.set_defaults(run=run_info)
+    info.set_defaults(run=lazily("info"))
     info.add_argument(
         "path", nargs="?", help="a delta file, the folder of a run, or a diffusers folder"
     )
@@ -352,7 +353,7 @@ def add_plan(commands: Any) -> None:
         description="Count what training would need, choice by choice, and name the fastest that "
         "fits a card. Only configurations are read.",
     )
-    plan.set_defaults(run=run_plan)
+    plan.set_defaults(run=lazily("plan"))
     say = plan.add_argument
     add_loading(say, "sd1, sd2, sdxl, a diffusers folder, checkpoint file or hub id", required=True)
     say("--method", dest="train_method", default="esd-x", metavar="METHOD", help="default: esd-x")
@@ -364,52 +365,16 @@ def add_plan(commands: Any) -> None:
     say("--json", action="store_true", help="as JSON, in bytes")
 
 
-def run_train(arguments: argparse.Namespace) -> int:
-    from .commands.train import train
+def lazily(module: str, name: str = "") -> Callable[[argparse.Namespace], int]:
+    """The function `name` (as the module, if not given) of commands/MODULE.py, imported when it is
+    called: it brings torch."""
 
-    return train(arguments)
+    def run(arguments: argparse.Namespace) -> int:
+        commands = importlib.import_module(f".commands.{module}", __package__)
+        code: int = getattr(commands, name or module)(arguments)
+        return code
 
-
-def run_generate(arguments: argparse.Namespace) -> int:
-    from .commands.generate import generate
-
-    return generate(arguments)
-
-
-def run_verify(arguments: argparse.Namespace) -> int:
-    from .commands.verify import verify
-
-    return verify(arguments)
-
-
-def run_export(arguments: argparse.Namespace) -> int:
-    from .commands.export import export
-
-    return export(arguments)
-
-
-def run_apply(arguments: argparse.Namespace) -> int:
-    from .commands.export import apply
-
-    return apply(arguments)
-
-
-def run_diff(arguments: argparse.Namespace) -> int:
-    from .commands.export import diff
-
-    return diff(arguments)
-
-
-def run_info(arguments: argparse.Namespace) -> int:
-    from .commands.info import info
-
-    return info(arguments)
-
-
-def run_plan(arguments: argparse.Namespace) -> int:
-    from .commands.plan import plan
-
-    return plan(arguments)
+    return run
 
 
 if __name__ == "__main__":
