@@ -53,6 +53,22 @@ def test_activations_are_what_autograd_keeps_on_the_cpu(case):
         assert real.flops / plan.choices[0].flops > 0
 
 
+@pytest.mark.slow
+def test_activations_at_full_size_are_what_autograd_keeps():
+    """SD 1.x at 256 px in bfloat16: 1.6 GiB of weights, whose numbers do not matter."""
+    config, _ = described_unet("sd1")
+    plan = plan_memory("sd1", config, "esd-x", 256)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+    unet = unet.to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False).eval()
+    for name, parameter in unet.named_parameters():
+        parameter.data.zero_()
+        parameter.requires_grad_("attn2" in name)
+    for choice in (plan.choices[0], plan.choices[1], plan.choices[-1]):
+        real = count_step(unet, 32, 1, choice.checkpointed, choice.frozen_convolutions)
+        assert choice.activations == pytest.approx(real.activations, rel=0.1)
+
+
 def test_choices_go_from_fast_to_lean(case):
     _, plan = case
     plain, lean, *blocks = plan.choices
