@@ -29,6 +29,7 @@ def native(monkeypatch):
     spec.loader.exec_module(module)
     monkeypatch.setitem(sys.modules, "esd_fast._native", module)
     monkeypatch.setattr(common, "on_device_of", lambda _: contextlib.nullcontext((0, 0)))
+    monkeypatch.setattr(ops._group_norm_silu, "memory_format", lambda _: torch.channels_last)
     for op, entry in ops._OPS.items():
         swapped = ops._Op(**{**vars(entry), "native_cpu": entry.native_cuda})
         monkeypatch.setitem(ops._OPS, op, swapped)
