@@ -91,22 +91,30 @@ def triton(module: str, name: str) -> Implementation:
 
 
 def address(
-    name: str, x: Tensor, memory_format: torch.memory_format = torch.contiguous_format
+    name: str,
+    x: Tensor,
+    memory_format: torch.memory_format | None = torch.contiguous_format,
+    device: str = "cpu",
 ) -> tuple[int, int]:
-    """What the native module is told of a tensor on the CPU: where it lies, and its dtype's code.
+    """What the native module is told of a tensor: where it lies, and its dtype's code (-1: none). `memory_format`: the
+    one it has to have; None where the caller knows its strides.
 
     Raises ValueError where there are no such numbers: another device, a meta or fake tensor, gaps.
     """
-    if x.device.type != "cpu" or type(x) is FakeTensor:
-        raise ValueError(f"{name}: on {x.device}, {type(x).__name__}: use a real tensor on the CPU")
-    if not x.is_contiguous(memory_format=memory_format):
+    if x.device.type != device or type(x) is FakeTensor:
+        raise ValueError(
+            f"{name}: on {x.device}, {type(x).__name__}: use a real tensor on {device}"
+        )
+    if memory_format is not None and not x.is_contiguous(memory_format=memory_format):
         raise ValueError(f"{name}: strides {x.stride()}: use a {memory_format} tensor")
-    return x.data_ptr(), DTYPE_CODES[x.dtype]
+    return x.data_ptr(), DTYPE_CODES.get(x.dtype, -1)
 
 
-def typed_pointer(x: Tensor) -> tuple[int, int]:
-    """Address and dtype code: what the native module is told of a tensor."""
-    return x.data_ptr(), DTYPE_CODES[x.dtype]
+def cuda_address(
+    name: str, x: Tensor, memory_format: torch.memory_format | None = torch.contiguous_format
+) -> tuple[int, int]:
+    """`address`, for the kernels on a GPU."""
+    return address(name, x, memory_format, "cuda")
 
 
 @contextmanager

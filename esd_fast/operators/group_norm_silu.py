@@ -173,7 +173,7 @@ def cuda_sizes(x: Tensor, groups: int) -> tuple[int, int, int, int]:
 
 def cuda_scratch(x: Tensor, groups: int, parameters: bool) -> Tensor:
     floats = common.native().group_norm_silu_scratch(
-        common.typed_pointer(x), *cuda_sizes(x, groups), parameters
+        common.cuda_address("x", x, torch.channels_last), *cuda_sizes(x, groups), parameters
     )
     return torch.empty(floats, dtype=torch.float32, device=x.device)
 
@@ -186,7 +186,9 @@ def cuda_forward(
     scratch = cuda_scratch(x, groups, False)
     with common.on_device_of(x) as device_and_stream:
         common.native().group_norm_silu_cuda(
-            *(common.typed_pointer(t) for t in (x, weight, bias)),
+            common.cuda_address("x", x, torch.channels_last),
+            common.cuda_address("weight", weight),
+            common.cuda_address("bias", bias),
             *cuda_sizes(x, groups),
             silu,
             eps,
@@ -217,10 +219,15 @@ def cuda_backward(
     results = (grad_x, grad_weight, grad_bias)
     with common.on_device_of(x) as device_and_stream:
         common.native().group_norm_silu_backward_cuda(
-            *(common.typed_pointer(t) for t in (x, weight, bias)),
+            common.cuda_address("x", x, torch.channels_last),
+            common.cuda_address("weight", weight),
+            common.cuda_address("bias", bias),
             *cuda_sizes(x, groups),
             silu,
-            *(t.data_ptr() for t in (grad, mean, rstd, *results, scratch)),
+            common.cuda_address("grad", grad, torch.channels_last)[0],
+            common.cuda_address("mean", mean)[0],
+            common.cuda_address("rstd", rstd)[0],
+            *(t.data_ptr() for t in (*results, scratch)),
             *device_and_stream,
         )
     return grad_x.to(dtype), grad_weight, grad_bias

@@ -116,6 +116,7 @@ def example(device: torch.device) -> tuple[Any, ...]:
 
 
 def pointers(
+    address: Callable[..., tuple[int, int]],
     student: Tensor,
     anchor: Tensor,
     concept: Tensor,
@@ -124,14 +125,18 @@ def pointers(
     weight: Tensor,
     gradient_scale: float,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Any, ...]]:
-    """Fresh results, and the arguments both native kernels share."""
+    """Fresh results, and the arguments both native kernels share. The four predictions lie alike (`real`)."""
     batch = student.shape[0]
+    teachers = {"anchor": anchor, "concept": concept, "null": null}
     loss = torch.empty((), dtype=torch.float32, device=student.device)
     per_sample = torch.empty(batch, dtype=torch.float32, device=student.device)
     gradient = torch.empty_like(student)
     arguments = (
-        *(common.typed_pointer(x) for x in (student, anchor, concept, null)),
-        *(x.data_ptr() for x in (negative_guidance, weight, loss, per_sample, gradient)),
+        address("student", student, None),
+        *(address(name, x, None) for name, x in teachers.items()),
+        address("negative_guidance", negative_guidance)[0],
+        address("weight", weight)[0],
+        *(x.data_ptr() for x in (loss, per_sample, gradient)),
         batch,
         student.numel() // batch,
         gradient_scale,
@@ -140,7 +145,7 @@ def pointers(
 
 
 def native_cpu(*args: Any) -> tuple[Tensor, ...]:
-    results, arguments = pointers(*args)
+    results, arguments = pointers(common.address, *args)
     common.native().guidance_loss_cpu(*arguments, torch.get_num_threads())
     return results
 
@@ -150,7 +155,7 @@ def native_cuda(
 ) -> tuple[Tensor, ...]:
     if not anchor.dtype == concept.dtype == null.dtype:  # compiled for one dtype of the three
         anchor, concept, null = anchor.float(), concept.float(), null.float()
-    results, arguments = pointers(student, anchor, concept, null, *others)
+    results, arguments = pointers(common.cuda_address, student, anchor, concept, null, *others)
     batch = student.shape[0]
     scratch = torch.empty(
         common.native().guidance_loss_scratch(batch, student.numel() // batch),

@@ -101,8 +101,8 @@ def native(
     prompts, batch = predictions.shape[:2]
     common.native().guided_step_cpu(
         common.address("predictions", predictions),
-        index.data_ptr(),
-        table.data_ptr(),  # its rows may lie apart
+        common.address("index", index)[0],
+        common.address("table", table, None)[0],  # its rows may lie apart
         table.stride(0),
         common.address("input_scales", input_scales)[0],
         rolled,

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from esd_fast import ops
 from esd_fast.operators import common
 
 pytestmark = pytest.mark.usefixtures("needs_native")
@@ -223,6 +224,34 @@ def test_sizes_without_sense(native):
 def test_tensors_without_an_address(make, why):
     with pytest.raises(ValueError, match=why):
         common.address("x", make())
+
+
+def native_calls():
+    """Every wrapper of a native kernel, with arguments that it takes (on the CPU)."""
+    for op, entry in ops._OPS.items():
+        example = entry.example(torch.device("cpu"))
+        for way, run in (("cpu", entry.native_cpu), ("cuda", entry.native_cuda)):
+            if isinstance(run, common.Pair):
+                arguments, grad = example
+                results = entry.plain.forward(*arguments)
+                backward = run.gradient_arguments(grad, arguments, results)
+                yield pytest.param(way, run.forward, arguments, id=f"{op}-{way}")
+                yield pytest.param(way, run.backward, backward, id=f"{op}-backward-{way}")
+            elif run is not None:
+                yield pytest.param(way, run, example, id=f"{op}-{way}")
+
+
+@pytest.mark.parametrize(("way", "run", "arguments"), list(native_calls()))
+def test_no_kernel_gets_a_tensor_without_memory_or_of_another_device(way, run, arguments):
+    for number, value in enumerate(arguments):
+        if isinstance(value, torch.Tensor):
+            given = [*arguments]
+            given[number] = value.to("meta")
+            with pytest.raises(ValueError, match="use a real tensor on " + way):
+                run(*given)
+    if way == "cuda":
+        with pytest.raises(ValueError, match=": on cpu, Tensor: use a real tensor on cuda"):
+            run(*arguments)
 
 
 def test_cuda_part_without_a_device(native):

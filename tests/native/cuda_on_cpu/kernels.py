@@ -28,6 +28,7 @@ def native(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setitem(sys.modules, "esd_fast._native", module)
+    monkeypatch.setattr(common, "cuda_address", common.address)
     monkeypatch.setattr(common, "on_device_of", lambda _: contextlib.nullcontext((0, 0)))
     # the only layout that a card's operator hands to a kernel
     monkeypatch.setattr(ops._group_norm_silu, "memory_format", lambda _: torch.channels_last)
