@@ -1,7 +1,8 @@
 """Erasure and preservation of the default recipe on the embedded model, as a table.
 
     python benchmarks/erasure_table.py                # the committed table
-    python benchmarks/erasure_table.py --sweep        # recipes against each other
+    python benchmarks/erasure_table.py --methods      # every object and style, by each train method
+    python benchmarks/erasure_table.py --sweep        # recipes of each method against each other
     python benchmarks/erasure_table.py --precision    # dtypes and optimizers against float32
     python benchmarks/erasure_table.py --show FILE    # tables of measured rows, nothing is run
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -198,6 +200,45 @@ def side_by_side(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, f"| points from the first | | {told} |"])
 
 
+def by_method(rows: list[dict[str, Any]]) -> str:
+    """UA, IRA and CRA by the first judge, the kept ones as shares of what the base model reaches on the same
+    pictures: means over all erased objects, and over all styles; in brackets the least of any concept."""
+    base = merged_bases([r for r in rows if r["settings"] == "base"])
+    runs = [r for r in rows if r["settings"] != "base"]
+    lines = [
+        "| method | erased | concepts | UA | IRA | CRA | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for recipe in dict.fromkeys(label_of(r["settings"]) for r in runs):
+        for kind, names in (("objects", world.OBJECTS), ("styles", world.STYLES)):
+            group = [r for r in runs if label_of(r["settings"]) == recipe and r["concept"] in names]
+            if not group:
+                continue
+            columns = zip(*(accuracies_of(r, base[r["seed"]]) for r in group), strict=True)
+            shown = " | ".join(f"{np.mean(c):.1%} ({min(c):.1%})" for c in columns)
+            seconds = np.median([r["seconds"] for r in group])
+            concepts = len({r["concept"] for r in group})
+            lines.append(f"| {recipe} | {kind} | {concepts} | {shown} | {seconds:.1f} |")
+    return "\n".join(lines)
+
+
+def accuracies_of(row: dict[str, Any], base: dict[str, Any]) -> tuple[float, float, float]:
+    """UA, IRA (kept concepts of the same kind, of base), CRA (of the other kind, of base) of a run."""
+    kept = row["kept"][JUDGES[0]]
+    was = base["kept"][row["concept"]][JUDGES[0]]
+    style = row["concept"] in world.STYLES
+    same = [
+        (q.concept in world.STYLES) == style
+        for q in kept_questions(row["concept"], len(kept), row["seed"])
+    ]
+
+    def share(alike: bool) -> float:
+        picked = [i for i, s in enumerate(same) if s == alike]
+        return sum(kept[i] for i in picked) / sum(was[i] for i in picked)
+
+    return 1 - float(np.mean(row["erased"][JUDGES[0]])), share(True), share(False)
+
+
 def label_of(settings: dict[str, Any]) -> str:
     return ", ".join(str(v) for v in settings.values()) or "default"
 
@@ -236,19 +277,24 @@ def line_of(name: str, group: list[dict[str, Any]], base: dict[int, dict[str, An
     return f"| {name} | " + " | ".join(shown) + " |"
 
 
+METHODS = ("esd-x-strict", "esd-x", "esd-u")
 SWEEP_CONCEPTS = ["cat", "cake", "flat", "pixel"]
-# around the default recipe, one value at a time
+# of each method: every pair of these, then the default recipe with one other value
+SWEEP_RATES = {
+    "esd-x-strict": (1e-3, 2e-3, 3e-3),
+    "esd-x": (5e-4, 1e-3, 2e-3),
+    "esd-u": (1e-4, 3e-4, 1e-3),
+}
+SWEEP_GUIDANCE = (2.0, 4.0)
 SWEEP: list[dict[str, Any]] = [
-    {name: value}
-    for name, values in {
-        "keep_vocabulary": (0.0, 0.3, 3.0),
-        "learning_rate": (1e-3, 3e-3),
-        "negative_guidance": (2.0, 8.0),
-        "num_inference_steps": (20,),
-        "train_method": ("esd-x",),
-        "iterations": (50, 100),
-    }.items()
-    for value in values
+    {"train_method": method, "learning_rate": rate, "negative_guidance": guidance}
+    for method in METHODS
+    for rate in SWEEP_RATES[method]
+    for guidance in SWEEP_GUIDANCE
+] + [
+    {"train_method": method, name: value}
+    for method in METHODS
+    for name, value in (("iterations", 100), ("num_inference_steps", 20))
 ]
 # float32 first: the others are compared with it
 PRECISION: list[dict[str, Any]] = [
@@ -257,12 +303,13 @@ PRECISION: list[dict[str, Any]] = [
     {"dtype": "bfloat16", "optimizer": "adamw"},
     {"dtype": "bfloat16", "optimizer": "adam8bit"},
 ]
-PRECISION_KEPT = 200
+PRECISION_KEPT = METHODS_KEPT = 200
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--methods", action="store_true")
     parser.add_argument("--precision", action="store_true", help="needs the extra bitsandbytes")
     parser.add_argument("--concepts", nargs="*")
     parser.add_argument("--seeds", type=int, help="default: 3; --precision: 1")
@@ -274,7 +321,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.show:
         for file in arguments.show:
-            print(f"### {file.stem}\n\n{shown(read_rows(file), arguments.precision)}\n")
+            print(f"### {file.stem}\n\n{study_of(arguments).table(read_rows(file))}\n")
         return
     keep_pages()
     quiet_libraries()
@@ -287,7 +334,7 @@ def main() -> None:
         arguments.file or RESULTS / study.file,
         sizes,
     )
-    print(shown(rows, arguments.precision))
+    print(study.table(rows))
 
 
 @dataclass(frozen=True)
@@ -297,20 +344,22 @@ class Study:
     file: str
     concepts: list[str]
     settings: list[dict[str, Any]]
+    table: Callable[[list[dict[str, Any]]], str] = all_tables
     seeds: int = 3
     kept: int = 400
 
 
 def study_of(arguments: argparse.Namespace) -> Study:
     if arguments.precision:
-        return Study("precision.jsonl", SWEEP_CONCEPTS, PRECISION, seeds=1, kept=PRECISION_KEPT)
+        table, kept = side_by_side, PRECISION_KEPT
+        return Study("precision.jsonl", SWEEP_CONCEPTS, PRECISION, table, seeds=1, kept=kept)
     if arguments.sweep:
-        return Study("sweep.jsonl", SWEEP_CONCEPTS, SWEEP)
+        return Study("sweep.jsonl", SWEEP_CONCEPTS, SWEEP, by_method, seeds=1, kept=METHODS_KEPT)
+    if arguments.methods:
+        concepts = [*world.OBJECTS, *(s for s in world.STYLES if s != world.NEUTRAL_STYLE)]
+        settings = [{"train_method": method} for method in METHODS]
+        return Study("methods.jsonl", concepts, settings, by_method, seeds=1, kept=METHODS_KEPT)
     return Study("erasure_table.jsonl", table_concepts(), [{}])
-
-
-def shown(rows: list[dict[str, Any]], together: bool) -> str:
-    return side_by_side(rows) if together else all_tables(rows)
 
 
 if __name__ == "__main__":
