@@ -133,16 +133,13 @@ def write_checkpoint(folder: str, tiny: bool) -> None:
     )
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    from esd_fast.demo import model_path
+    from esd_fast.models.tokenizer import CLIP_FILES
 
-    # the embedded model's words: a real CLIP vocabulary is not ours to ship, and none is needed
-    tokenizer = CLIPTokenizer.from_pretrained(
-        model_path(), subfolder="tokenizer", model_max_length=77
-    )
+    tokenizer = CLIPTokenizer.from_pretrained(CLIP_FILES, model_max_length=77)
     width = 64 if tiny else 768
     channels = (32, 64, 64, 64) if tiny else (320, 640, 1280, 1280)
     text = CLIPTextConfig(
-        vocab_size=len(tokenizer) if tiny else 49408,
+        vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=4 * width,
         num_hidden_layers=2 if tiny else 12,
