@@ -193,13 +193,18 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    common.refuse_second_derivative("guidance_loss")  # the saved gradient is a constant to autograd
     (gradient,) = ctx.saved_tensors
-    factor = grad_loss if ctx.gradient_scale == 1 else grad_loss / ctx.gradient_scale
+    return scaled(gradient, grad_loss, ctx.gradient_scale), *(None,) * 6
+
+
+def scaled(gradient: Tensor, grad_loss: Tensor, gradient_scale: float) -> Tensor:
+    """The chain rule, and `gradient_scale` taken out again."""
+    common.refuse_second_derivative("guidance_loss")  # the gradient is a constant to autograd
+    factor = grad_loss if gradient_scale == 1 else grad_loss / gradient_scale
     if gradient.dtype == torch.float32 or gradient.device.type == "cpu":
-        return gradient * factor, *(None,) * 6
+        return gradient * factor
     # On a GPU the product would round the factor to the gradient's dtype first.
-    return (gradient.float() * factor).to(gradient.dtype), *(None,) * 6
+    return (gradient.float() * factor).to(gradient.dtype)
 
 
 def register(
@@ -246,12 +251,13 @@ def register(
         def forward(ctx: Any, student: Tensor, others: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
             loss, per_sample, gradient = real(student, *others)
             ctx.mark_non_differentiable(per_sample)
+            ctx.set_materialize_grads(False)  # per_sample's
             ctx.save_for_backward(gradient)
             ctx.gradient_scale = others[-1]
             return loss, per_sample
 
         @staticmethod
         def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-            return backward(ctx, grad_loss)[:2]
+            return scaled(*ctx.saved_tensors, grad_loss, ctx.gradient_scale), None
 
     return Direct.apply
