@@ -258,6 +258,7 @@ def register(
 
         @staticmethod
         def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-            return scaled(*ctx.saved_tensors, grad_loss, ctx.gradient_scale), None
+            (gradient,) = ctx.saved_tensors
+            return scaled(gradient, grad_loss, ctx.gradient_scale), None
 
     return Direct.apply
