@@ -116,7 +116,34 @@ class Transformer(Transformer2DModel):
         return self.proj_out(picture(hidden_states)) + residual
 
 
+class DirectAttention(Attention):
+    """Attention by SDPA without what diffusers does around it at every call: the processor's signature is
+    looked up, and the result divided by a factor that is 1. Whatever else is asked for is left to diffusers.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **cross_attention_kwargs: Any,
+    ) -> Tensor:
+        sdpa = type(self.processor) is AttnProcessor2_0
+        if not sdpa or attention_mask is not None or cross_attention_kwargs:
+            return super().forward(
+                hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs
+            )
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = (
+            x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, tokens, D) -> (B, heads, ...)
+            for x in (self.to_q(hidden_states), self.to_k(context), self.to_v(context))
+        )
+        y = F.scaled_dot_product_attention(query, key, value)
+        return self.to_out[1](self.to_out[0](y.transpose(1, 2).flatten(2)))
+
+
 PLAIN: dict[type, type] = {
+    DirectAttention: Attention,
     Norm: nn.GroupNorm,
     NormSiLU: nn.GroupNorm,
     AppliedSiLU: nn.SiLU,
@@ -200,6 +227,7 @@ def accelerate(
         else:
             done.skipped["channels_last"] = "torch's GroupNorm does not keep it"
         _attention(done, device, latent_size, batch)
+        _places(done, "attention_calls", _attentions(unet), "direct")
     except BaseException:
         done.undo()
         raise
@@ -223,19 +251,24 @@ def _operator(
     if path.name == "torch" and not always:
         done.skipped[op] = str(path)
         return False
+    return _places(done, op, places(done.unet), str(path))
+
+
+def _places(done: Accelerated, what: str, places: Iterator[Swap | str], path: str) -> bool:
+    """Changes every place; whether there was one."""
     count, reasons = 0, Counter[str]()
-    for swap in list(places(done.unet)):
+    for swap in list(places):
         if isinstance(swap, str):
             reasons[swap] += 1
             continue
         _swap(done, swap)
         count += 1
     if count:
-        done.changed[op] = f"{count} places: {path}"
+        done.changed[what] = f"{count} places: {path}"
     if reasons:
-        done.skipped[op] = "; ".join(f"{n}: {why}" for why, n in reasons.items())
+        done.skipped[what] = "; ".join(f"{n}: {why}" for why, n in reasons.items())
     elif not count:
-        done.skipped[op] = "the UNet has no place for it"
+        done.skipped[what] = "the UNet has no place for it"
     return count > 0
 
 
@@ -266,6 +299,21 @@ def _geglus(unet: nn.Module) -> Iterator[Swap | str]:
     for module in unet.modules():
         if isinstance(module, GEGLU):
             yield _why_not((module, GEGLU)) or [(module, Activation)]
+
+
+def _attentions(unet: nn.Module) -> Iterator[Swap | str]:
+    for module in unet.modules():
+        if isinstance(module, Attention):
+            yield _why_not_attention(module) or [(module, DirectAttention)]
+
+
+def _why_not_attention(module: Any) -> str:
+    for part in ("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k"):
+        if getattr(module, part, None) is not None:
+            return f"Attention with {part}"
+    if module.residual_connection or module.rescale_output_factor != 1:
+        return "Attention that adds or scales"
+    return _why_not((module, Attention))
 
 
 def _why_not_resnet(module: Any) -> str:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import (
+    Attention,
     AttnProcessor,
     AttnProcessor2_0,
     SlicedAttnProcessor,
@@ -297,6 +298,42 @@ def test_which_attention(processor, left, says):
     assert {type(p) for p in unet.attn_processors.values()} == {left}
     done.undo()
     assert unet.attn_processors == before
+
+
+@pytest.mark.parametrize("cross", [None, 12])
+@pytest.mark.parametrize("how", ["plain", "masked", "another processor"])
+def test_attention_is_diffusers_bit_for_bit(cross, how):
+    attention = Attention(8, cross, heads=2, dim_head=4, processor=AttnProcessor2_0())
+    g = torch.Generator().manual_seed(0)
+    tokens = torch.randn(2, 5, 8, generator=g, requires_grad=True)
+    states = torch.randn(2, 3, 12, generator=g) if cross else None
+    mask = torch.randn(2, 1, 3 if cross else 5, generator=g) if how == "masked" else None
+    if how == "another processor":
+        attention.set_processor(AttnProcessor())
+
+    def asked():
+        y = attention(tokens, states, attention_mask=mask)
+        wanted = (tokens, *attention.parameters())
+        return y, *torch.autograd.grad(y, wanted, torch.ones_like(y))
+
+    plain = asked()
+    attention.__class__ = fast.DirectAttention
+    assert all(same_bits(x, y) for x, y in zip(asked(), plain, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"norm_num_groups": 2}, "Attention with group_norm"),
+        ({"cross_attention_norm": "layer_norm", "cross_attention_dim": 6}, "with norm_cross"),
+        ({"qk_norm": "layer_norm"}, "with norm_q"),
+        ({"residual_connection": True}, "adds or scales"),
+        ({"rescale_output_factor": 2.0}, "adds or scales"),
+    ],
+)
+def test_attention_of_another_kind_is_left(settings, why):
+    assert why in fast._why_not_attention(Attention(8, heads=2, dim_head=4, **settings))
+    assert fast._why_not_attention(Attention(8, heads=2, dim_head=4)) == ""
 
 
 def test_attention_shapes():

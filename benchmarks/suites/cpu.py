@@ -1,7 +1,8 @@
 """An SD 1.x-shaped UNet on the CPU at 256 px: what packing, kept pages and bfloat16 bring, each and together.
 
 The allocator's setting is one of a whole process, so every contestant has a process of its own, and they take
-turns: one works, the others wait. `floor`: the arithmetic of the packed step (floor.py), in its process.
+turns: one works, the others wait. `floor`: the arithmetic of the packed step (floor.py), in its process, each
+call with its operands in the cache if they fit. `profile`: where that step's time goes (torch.profiler).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 REPEATS = 3
-MEMORY = 20 * 2**30  # of all contestants at full size
+MEMORY = 19 * 2**30  # of all contestants at full size
 MAKERS = {"guided step": step.guided_esd_fast, "fit step": step.fit_esd_fast}
 
 
@@ -78,7 +79,7 @@ class Worker:
 
 def work(pipe: Connection, contestant: Contestant, job: step.Job, threads: int) -> None:
     """ "guided step" or "fit step": does one; with "floor of " before it, a round of the floor; with "bare "
-    before it, the floor's seconds so far."""
+    before it, the floor's seconds so far; with "profile of " before it, the seconds of each kind of work."""
     if contestant.kept:
         keep_pages()
     quiet_libraries()
@@ -88,7 +89,7 @@ def work(pipe: Connection, contestant: Contestant, job: step.Job, threads: int) 
     floors: dict[str, floor.Replay] = {}
     while asked := pipe.recv():
         started = time.process_time()
-        kind = asked.removeprefix("floor of ").removeprefix("bare ")
+        kind = next(k for k in step.STEPS if asked.endswith(k))
         if kind not in steps:
             plain = step.STEPS[kind]["eager"]
             fast = step.packed(MAKERS[kind], copied=False)
@@ -99,8 +100,42 @@ def work(pipe: Connection, contestant: Contestant, job: step.Job, threads: int) 
             if kind not in floors:
                 floors[kind] = floor.Replay(floor.record(steps[kind]), "cpu")
             floors[kind].round()
-        answer = floors[kind].floor() if asked.startswith("bare ") else None
+        answer: Any = None
+        if asked.startswith("bare "):
+            answer = floors[kind].floor()
+        elif asked.startswith("profile of "):
+            answer = profile_of(steps[kind])
         pipe.send((answer, time.process_time() - started))
+
+
+# beginnings of the names that torch.profiler gives
+WORK = {
+    "convolutions": ("mkldnn::_convolution", "aten::mkldnn_conv", "aten::convolution"),
+    "matrix products": ("mkldnn::_linear", "aten::mm", "aten::addmm", "aten::bmm"),
+    "attention": ("aten::_scaled_dot_product",),
+    "norms and activations": (
+        "Direct",  # the operators of esd_fast.ops
+        *(f"aten::{op}" for op in ("native_layer_norm", "native_group_norm", "silu", "gelu")),
+    ),
+    "optimizer": ("aten::_fused_adam",),
+    "copies, casts, joins": tuple(f"aten::{op}" for op in ("copy_", "_to_copy", "cat", "fill_")),
+    "sums, products": tuple(f"aten::{op}" for op in ("add", "mul", "div", "sum", "sub")),
+}
+
+
+def profile_of(run: Callable[[], object]) -> dict[str, float]:
+    """Seconds of one step by kind of work, and "the rest": Python, allocation, whatever has no name here."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        started = time.perf_counter()
+        run()
+        rest = time.perf_counter() - started
+    found = dict.fromkeys(WORK, 0.0)
+    for event in profiler.key_averages():
+        for kind, names in WORK.items():
+            if event.key.startswith(names):
+                found[kind] += event.self_cpu_time_total / 1e6
+                break
+    return found | {"the rest": rest - sum(found.values())}
 
 
 def run(settings: Settings) -> Iterator[Row]:
@@ -131,6 +166,7 @@ def run(settings: Settings) -> Iterator[Row]:
             timings = interleaved(runs, "cpu", repeats)
             taken = {c: statistics.median(w.processor_seconds[1:]) for c, w in workers.items()}
             bare = workers[FLOOR].ask(f"bare {kind}")
+            profile = workers[FLOOR].ask(f"profile of {kind}")
         finally:
             for worker in workers.values():
                 worker.close()
@@ -162,15 +198,28 @@ def run(settings: Settings) -> Iterator[Row]:
             tflops=bare.flops / bare.seconds / 1e12,
             note=f"{bare.calls} calls, {bare.distinct} distinct",
         )
+        for what, seconds in profile.items():
+            if seconds:  # a guided step has no optimizer
+                yield Row(
+                    "cpu",
+                    case,
+                    f"profile: {what}",
+                    device="cpu",
+                    dtype=step.name_of(FLOOR.dtype),
+                    seconds=seconds,
+                    over_floor=seconds / bare.seconds,
+                    repeats=1,
+                )
 
 
 def plot(rows: Sequence[Row], figure: Figure) -> None:
     """Seconds of a step, a panel a kind, the floor as a line."""
     cases = list(dict.fromkeys(r.case for r in rows))
+    names_of_all = {c.name for c in CONTESTANTS}
     for axes, case in zip(
         figure.subplots(1, max(1, len(cases)), squeeze=False)[0], cases, strict=True
     ):
-        mine = [r for r in rows if r.case == case and r.contestant != "floor"]
+        mine = [r for r in rows if r.case == case and r.contestant in names_of_all]
         names = [f"{r.contestant}\n{r.dtype}" for r in mine]
         axes.barh(names, [r.seconds or 0.0 for r in mine])
         for r in rows:

@@ -45,6 +45,7 @@ from measure import (
 from rows import Row
 from torch.nn import functional as F
 
+from esd_fast.accelerate import accelerate
 from esd_fast.collect import Teacher, TeacherSamples
 from esd_fast.commands.console import quiet_libraries
 from esd_fast.frozen_conv import frozen_convolutions
@@ -409,6 +410,7 @@ def packed(make: Callable[[Work], Step], copied: bool = True) -> Callable[[Work]
 
     def made(work: Work) -> Step:
         unet, contexts = copy.deepcopy(work.unet) if copied else work.unet, ExitStack()
+        contexts.enter_context(accelerate(unet))
         contexts.enter_context(frozen_convolutions(unet))
         contexts.enter_context(kept_projections(unet))
         contexts.enter_context(packed_weights(unet))
