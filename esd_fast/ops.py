@@ -96,8 +96,10 @@ class OpPath:
     run: Implementation = field(repr=False, compare=False)
 
     def __str__(self) -> str:
-        reasons = "; ".join(f"{name}: {why}" for name, why in self.skipped.items())
-        return f"{self.name} ({reasons})" if reasons else self.name
+        reasons = [f"{name}: {why}" for name, why in self.skipped.items()]
+        if self.name.startswith("native-cpu"):
+            reasons += filter(None, [_OPS[self.op].where])
+        return f"{self.name} ({'; '.join(reasons)})" if reasons else self.name
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,8 @@ class _Op:
     native_cpu: Implementation | None = None  # None: not written
     native_cuda: Implementation | None = None
     more_examples: tuple[Callable[[torch.device], tuple[Any, ...]], ...] = ()
+    torch_is_faster: Callable[[Tensor], bool] = lambda _: False  # than the CPU's native kernels
+    where: str = ""  # it is, in words
 
 
 def _implementation(op: str, way: str, device: torch.device) -> tuple[str, Implementation, str]:
@@ -321,8 +325,8 @@ def group_norm_silu(
 
     `x` is (N, C, H, W), `weight` and `bias` (C,), each float32, bfloat16 or float16. The result has x's dtype
     and is channels_last; on the CPU it is so where x is, and contiguous else. An x of another layout is copied
-    first. All three have gradients (first derivatives). Where torch runs it, it is torch's own functions, and
-    the layout is theirs.
+    first. All three have gradients (first derivatives). Where torch runs it (on the CPU also small pictures),
+    it is torch's own functions, and the layout is theirs.
     """
     if _torch_runs("group_norm_silu", x):
         _group_norm_silu.check(x, weight, bias, groups)
@@ -351,6 +355,8 @@ def _torch_runs(op: str, x: Tensor) -> bool:
     operator, which it cannot look into, so that it traces no choosing."""
     if torch.compiler.is_compiling() or x.device.type == "meta":
         return False
+    if not _FORCED and _OPS[op].torch_is_faster(x):
+        return True
     return path_of(op, x.device).name == "torch"
 
 
@@ -377,6 +383,8 @@ _OPS = {
         native_cpu=_group_norm_silu.NATIVE_CPU,
         native_cuda=_group_norm_silu.NATIVE_CUDA,
         more_examples=(_group_norm_silu.even_example,),
+        torch_is_faster=_group_norm_silu.torch_is_faster,
+        where=f"torch for pictures of fewer than {_group_norm_silu.FEWEST} numbers",
     ),
     "geglu": _Op(
         plain=_geglu.PLAIN,

@@ -14,6 +14,12 @@ OPERATOR = torch.ops.esd_fast.group_norm_silu
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
 
 
+@pytest.fixture(autouse=True)
+def however_small(monkeypatch):
+    """Pictures that are left to torch for their size go to the kernels."""
+    monkeypatch.setattr(ops._group_norm_silu, "FEWEST", 0)
+
+
 @pytest.fixture
 def wrapped(monkeypatch):
     """The operator itself, where torch's own functions would be taken without it."""
@@ -38,6 +44,25 @@ def test_torch_runs_it_as_plain_torch(make_norm_case):
     y = case.ours(ops.group_norm_silu)(inputs[0].requires_grad_(), *inputs[1:])
     assert torch.equal(y, case.exact(*inputs))
     assert y.grad_fn.name() == "SiluBackward0"
+
+
+@pytest.mark.skipif("ESD_OPS" in os.environ, reason="ESD_OPS takes them all to its way")
+@pytest.mark.usefixtures("needs_native")
+@pytest.mark.parametrize(
+    ("shape", "dtype", "layout", "torchs"),
+    [
+        ((1, 4, 8, 16), torch.bfloat16, torch.contiguous_format, False),  # 512 numbers
+        ((1, 4, 8, 15), torch.bfloat16, torch.contiguous_format, True),
+        ((1, 4, 8, 15), torch.float32, torch.channels_last, True),
+        ((1, 4, 8, 15), torch.bfloat16, torch.channels_last, False),
+    ],
+)
+def test_small_pictures_are_left_to_torch(shape, dtype, layout, torchs, monkeypatch):
+    monkeypatch.setattr(ops._group_norm_silu, "FEWEST", 512)
+    x = torch.randn(shape, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
+    y = ops.group_norm_silu(x, torch.ones(4, dtype=dtype), torch.zeros(4, dtype=dtype), 2)
+    assert (y.grad_fn.name() == "SiluBackward0") == torchs
+    assert "torch for pictures of fewer than" in ops.paths()["group_norm_silu"]
 
 
 LAYOUTS = [

@@ -43,6 +43,15 @@ def check(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> None:
             raise ValueError(f"{name}: on {value.device}: move it to x's device, {x.device}")
 
 
+FEWEST = 2**18  # numbers; with fewer the way to the CPU's kernels takes longer than they save
+
+
+def torch_is_faster(x: Tensor) -> bool:
+    """Than the CPU's kernels, by benchmarks/results/kernels.json; in channels_last not in low precision."""
+    small = x.is_cpu and x.numel() < FEWEST
+    return small and (x.dtype == torch.float32 or x.is_contiguous())
+
+
 def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
