@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,9 +145,11 @@ def merged_erasure(merged: Merged) -> Erasure:
     first, *rest = merged.manifests
     if not rest:
         return Erasure(merged.tensors, first)
-    concepts = [str(m.get("concept", "unknown")) for m in merged.manifests]
+    said = [Erasure({}, m).concepts or ("unknown",) for m in merged.manifests]
+    concepts = list(dict.fromkeys(chain.from_iterable(said)))
     manifest = {
         "concept": ", ".join(concepts),
+        "concepts": concepts,
         "erase_from": None,
         "method": "merged",
         "model": first.get("model", "unknown"),
