@@ -301,7 +301,7 @@ def clean_concepts(concept: Any) -> str | tuple[str, ...]:
         return clean_prompt("concept", concept)
     if not concept:
         refuse("concept", concept, "a text, or a list of texts that holds one at least")
-    cleaned = tuple(clean_prompt(f"concept {i}", text) for i, text in enumerate(concept, 1))
+    cleaned = tuple(clean_prompt("concept", text) for text in concept)
     for text in cleaned:
         if cleaned.count(text) > 1:
             raise ValueError(f"concept holds {text!r} more than once; each must be there once")

@@ -297,8 +297,8 @@ def finish(
     device = str(model.device)
     manifest = {
         "concept": ", ".join(config.concepts),
-        "concepts": list(config.concepts),
-        "extra_concepts": noted.extra,
+        **({"concepts": list(config.concepts)} if len(config.concepts) > 1 else {}),
+        **({"extra_concepts": noted.extra} if noted.extra else {}),
         "erase_from": ", ".join(dict.fromkeys(filter(None, config.sources))) or None,
         "method": canonical_method(config.train_method),
         "preset": config.preset,

@@ -145,11 +145,10 @@ def merged_erasure(merged: Merged) -> Erasure:
     first, *rest = merged.manifests
     if not rest:
         return Erasure(merged.tensors, first)
-    said = [Erasure({}, m).concepts or ("unknown",) for m in merged.manifests]
-    concepts = list(dict.fromkeys(chain.from_iterable(said)))
+    concepts = chain.from_iterable(Erasure({}, m).concepts for m in merged.manifests)
     manifest = {
-        "concept": ", ".join(concepts),
-        "concepts": concepts,
+        "concept": ", ".join(str(m.get("concept", "unknown")) for m in merged.manifests),
+        "concepts": list(dict.fromkeys(concepts)),
         "erase_from": None,
         "method": "merged",
         "model": first.get("model", "unknown"),
