@@ -207,14 +207,17 @@ def test_trajectories_are_dealt_evenly_and_words_drawn() -> None:
 @pytest.mark.parametrize("preset", ["fast", "reference", "paper"])
 def test_replayed_and_eager_runs_agree_in_every_bit(preset: str) -> None:
     """Buffers of the prompts change from batch to batch: a stale one would show."""
-    config = several(preset, concept_weights=[1.0, 0.5, 2.0], collect_batch_size=2)
+    # of 6 trajectories two at a time: concepts (0, 1), (2, 0), (1, 2)
+    config = several(preset, iterations=12, concept_weights=[1.0, 0.5, 2.0], collect_batch_size=2)
     found = []
     for graphs in (RunGraphs(Twin(), Twin()), None):
         steps: list[FitStep] = []
         model = load_model(pipelines.pipeline(), config)
         found.append((run(model, config, graphs=graphs, on_step=steps.append), steps))
     (ours, steps), (own, own_steps) = found
-    assert "fit: yes (1 captured, 6 steps replayed)" in ours.manifest["paths_taken"]["cuda_graphs"]
+    path = ours.manifest["paths_taken"]["cuda_graphs"]
+    assert path.startswith("collect: yes (1 captured, ")  # whatever the concepts of a batch
+    assert path.endswith("fit: yes (1 captured, 12 steps replayed)")
     assert all(same_bits(ours.tensors[n], t) for n, t in own.tensors.items())
     for a, b in zip(steps, own_steps, strict=True):
         for name, value in vars(b.samples).items():
