@@ -210,3 +210,18 @@ def test_a_run_and_the_notebooks_way_of_loading(
     assert "--overwrite" in capsys.readouterr().err
     assert main(["train", *shlex.split(line.replace("red apple", "fish"))]) == 0
     assert len(list((tmp_path / "esd-models").glob("esd-*.safetensors"))) == 2
+
+
+def test_a_run_over_several_words(tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    line = (
+        f"--ckpt_path '{GOLDEN / 'sd-ddim'}' --prompt 'red apple, a fish' --seperator , --lr 1e-3 "
+        f"--train_method xattn --iterations 3 --ddim_steps 4 --save_path '{folder}' --pictures 0"
+    )
+    assert main(["train", *shlex.split(line), "--device", "cpu"]) == 0
+    name = "red_apple+a_fish"
+    made = esd_fast.load(folder / f"esd-{name}-from-{name}-ldmxattn.safetensors")
+    assert made.concepts == ("red apple", "a fish")
+    assert made.manifest["concept"] == "red apple, a fish"
+    assert made.manifest["config"]["rollout"] == "student"
+    assert esd_fast.load(folder / "erased-red-apple+a-fish").concepts == made.concepts
