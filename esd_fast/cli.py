@@ -70,15 +70,26 @@ def add_train(commands: Any) -> None:
     what(
         "--concept",
         "--erase_concept",
+        action="append",
         metavar="CONCEPT",
-        help='what to erase, such as "cat" or "Van Gogh"',
+        help='what to erase, such as "cat" or "Van Gogh"; repeatable',
     )
+    what("--concepts-file", metavar="FILE", help="what to erase, a concept a line")
     what("--prompt", metavar="CONCEPT", help="the same with the paper's recipe, see below")
     say(
         "--erase-from",
         "--erase_from",
+        action="append",
         metavar="PROMPT",
-        help="erase the concept from this wider prompt only",
+        help="erase the concept from this wider prompt only; of several concepts all, or repeated "
+        'for each ("" leaves one out)',
+    )
+    say(
+        "--concept-weights",
+        type=float,
+        nargs="+",
+        metavar="X",
+        help="of each of several concepts in the loss (default: alike)",
     )
     add_loading(say, MODELS)
     say("--output", metavar="FOLDER", help="where results go (default: erased-CONCEPT)")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,8 @@ class TeacherSamples:
     """What the frozen UNet saw and said; N samples.
 
     `latents` (N, C, h, w) are what the UNet is given, `scale_model_input` applied; `timesteps`
-    (N,) as the scheduler lists them; the predictions (N, C, h, w) in the UNet's dtype.
+    (N,) as the scheduler lists them; the predictions (N, C, h, w) in the UNet's dtype; `concepts`
+    (N,) which of a run's concepts each belongs to, by number; None where there is one.
     """
 
     latents: torch.Tensor
@@ -31,6 +32,7 @@ class TeacherSamples:
     noise_pred_null: torch.Tensor
     noise_pred_concept: torch.Tensor
     noise_pred_erase_from: torch.Tensor | None = None
+    concepts: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -102,11 +104,16 @@ class Teacher:
             self.graphs.release()
 
     def predict(
-        self, inputs: torch.Tensor, timestep: torch.Tensor, names: tuple[str, ...]
+        self,
+        inputs: torch.Tensor,
+        timestep: torch.Tensor,
+        names: tuple[str, ...],
+        concepts: tuple[int, ...],
     ) -> dict[str, torch.Tensor]:
-        """All named prompts in one batched forward; `inputs` and each prediction (B, C, h, w)."""
+        """All named prompts, each row's of its own concept, in one batched forward; `inputs` and
+        each prediction (B, C, h, w)."""
         stacked = torch.stack([inputs] * len(names))  # (len(names), B, C, h, w)
-        conditioning = self.prompts.stacked(names, len(inputs))
+        conditioning = self.prompts.stacked(names, concepts)
         predictions = self.ask(stacked, timestep, conditioning)
         return dict(zip(names, predictions, strict=True))
 
@@ -116,6 +123,12 @@ class Teacher:
         """One forward for N prompts; `inputs` and the predictions (N, B, C, h, w)."""
         prediction = predict_noise(self.unet, inputs.flatten(0, 1), timestep, conditioning)
         return prediction.view(inputs.shape)
+
+    def numbers_of(self, concepts: Sequence[int]) -> torch.Tensor | None:
+        """The samples' column of that name; one concept needs none."""
+        if self.prompts.concepts == 1:
+            return None
+        return torch.tensor(concepts, device=next(self.unet.parameters()).device)
 
     def begin(self, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
         """The start latents (B, C, h, w) and the timesteps of the guided steps."""
@@ -177,7 +190,8 @@ class TableTrajectory:
         self.rolled, self.guidance_scale = names.index(teacher.rolled), teacher.guidance_scale
         weight = next(teacher.unet.parameters())
         self.batch, *sample = rollout.noise.shape
-        self.conditioning = teacher.prompts.stacked(names, self.batch)
+        self.concepts = rollout.concepts
+        self.conditioning = teacher.prompts.stacked(names, self.concepts)
         calls = len(table.timesteps[: rollout.steps]) if calls is None else calls
         numbers = torch.arange(calls, device=weight.device)
         self.numbers = numbers  # of the calls, read on the device
@@ -192,6 +206,9 @@ class TableTrajectory:
     def begin(self, rollout: Rollout) -> None:
         """To the start of `rollout`."""
         self.timesteps, self.taken = self.table.timesteps[: rollout.steps], 0
+        if rollout.concepts != self.concepts:
+            self.concepts = rollout.concepts
+            self.conditioning.fill(self.teacher.prompts.stacked(self.names, self.concepts))
         start = rollout.noise.to(self.history.device) * self.table.init_noise_sigma  # (B, C, h, w)
         self.history.zero_()  # rows to come are read, times nothing: they have to be finite
         self.history[0] = start
@@ -234,7 +251,10 @@ class TableTrajectory:
         steps = len(self.timesteps)
         said = dict(zip(self.names, self.said[:, :, :steps].flatten(1, 2), strict=True))
         return as_samples(
-            self.seen[:, :steps].flatten(0, 1), self.timesteps.repeat(self.batch), said
+            self.seen[:, :steps].flatten(0, 1),
+            self.timesteps.repeat(self.batch),
+            said,
+            self.teacher.numbers_of([k for k in self.concepts for _ in range(steps)]),
         )
 
 
@@ -247,7 +267,8 @@ class SchedulerTrajectory:
         self.teacher, self.names, self.keep = teacher, names, keep
         self.latents, self.timesteps = teacher.begin(rollout)
         self.batch = len(self.latents)
-        self.conditioning = teacher.prompts.stacked(names, self.batch)
+        self.conditioning = teacher.prompts.stacked(names, rollout.concepts)
+        self.concepts = teacher.numbers_of(rollout.concepts)
         self.states: list[TeacherSamples] = []
 
     def model_inputs(self, timestep: torch.Tensor) -> torch.Tensor:
@@ -258,7 +279,7 @@ class SchedulerTrajectory:
         predictions = self.teacher.ask(self.model_inputs(timestep), timestep, self.conditioning)
         by_name = dict(zip(self.names, predictions, strict=True))
         if self.keep:
-            self.states.append(as_samples(self.inputs, timestep, by_name))
+            self.states.append(as_samples(self.inputs, timestep, by_name, self.concepts))
         self.latents = self.teacher.guided_step(self.latents, timestep, by_name)
 
     def samples(self) -> TeacherSamples:
@@ -296,9 +317,9 @@ def collect_last(
     query = torch.tensor(rollout.query, dtype=trajectory.timesteps.dtype)
     inputs = trajectory.model_inputs(query)[0].clone()  # the buffer may be used again
     with frozen():
-        predictions = teacher.predict(inputs, query, teacher.asked)
+        predictions = teacher.predict(inputs, query, teacher.asked, rollout.concepts)
     on_pass(len(inputs) * len(teacher.asked))
-    return as_samples(inputs, query, predictions)
+    return as_samples(inputs, query, predictions, teacher.numbers_of(rollout.concepts))
 
 
 def roll(trajectory: TableTrajectory | SchedulerTrajectory, on_pass: Callable[[int], None]) -> None:
@@ -309,7 +330,10 @@ def roll(trajectory: TableTrajectory | SchedulerTrajectory, on_pass: Callable[[i
 
 
 def as_samples(
-    inputs: torch.Tensor, timestep: torch.Tensor, predictions: dict[str, torch.Tensor]
+    inputs: torch.Tensor,
+    timestep: torch.Tensor,
+    predictions: dict[str, torch.Tensor],
+    concepts: torch.Tensor | None,
 ) -> TeacherSamples:
     return TeacherSamples(
         latents=inputs,
@@ -317,6 +341,7 @@ def as_samples(
         noise_pred_null=predictions["null"],
         noise_pred_concept=predictions["concept"],
         noise_pred_erase_from=predictions.get("erase_from"),
+        concepts=concepts,
     )
 
 
@@ -326,4 +351,8 @@ def chunked(rollouts: list[Rollout], size: int) -> Iterator[Rollout]:
 
     for first in range(0, len(rollouts), size):
         together = rollouts[first : first + size]
-        yield replace(together[0], noise=torch.cat([r.noise for r in together]))
+        yield replace(
+            together[0],
+            noise=torch.cat([r.noise for r in together]),
+            concepts=tuple(k for r in together for k in r.concepts),
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -46,16 +47,21 @@ class EraseConfig:
     A bad value raises ValueError naming the argument, the value and what would do.
     """
 
-    concept: str
-    """What to erase: a prompt such as "cat" or "Van Gogh". Commas stay in the prompt."""
-    erase_from: str | None = None
-    """Erase `concept` only from this wider prompt; its prediction is then the target's anchor."""
+    concept: str | Sequence[str]
+    """What to erase: a prompt such as "cat" or "Van Gogh", or a list of several. Commas stay in
+    the prompt. `concepts` has it as a tuple."""
+    erase_from: str | Sequence[str | None] | None = None
+    """Erase `concept` only from this wider prompt; its prediction is then the target's anchor. Of
+    several concepts one for all, or a list of one (or None) for each."""
+    concept_weights: Sequence[float] | None = None
+    """How much the samples of each of several concepts count in the loss; None: alike."""
     preset: str = "fast"
     """The recipe whose values the other fields started from."""
     train_method: str = "esd-x"
     """Which weights train: a name of parameters.METHODS, an alias, or a regular expression."""
     iterations: int = 200
-    """Optimizer steps."""
+    """Optimizer steps. Where nobody asked for a number, `from_preset` takes the recipe's for each
+    concept (`fast` and `reference`; a student's presets have theirs for all words together)."""
     batch_size: int = 1
     """Samples an optimizer step."""
     learning_rate: float = 5e-5
@@ -127,7 +133,7 @@ class EraseConfig:
 
     @classmethod
     def from_preset(
-        cls, preset: str, concept: str, model: Any = None, **overrides: Any
+        cls, preset: str, concept: str | Sequence[str], model: Any = None, **overrides: Any
     ) -> EraseConfig:
         """The recipe `preset` for `concept`; overrides that are None keep the recipe's value.
 
@@ -145,7 +151,10 @@ class EraseConfig:
         given = {k: v for k, v in overrides.items() if v is not None}
         own = RECIPE if preset == "fast" and is_embedded(model) else {}
         settings = {**PRESETS[preset], **own, **given}
-        return cls(concept=concept, preset=preset, given=tuple({**own, **given}), **settings)
+        made = cls(concept=concept, preset=preset, given=tuple({**own, **given}), **settings)
+        if "iterations" in given or made.rollout == "student":
+            return made
+        return dataclasses.replace(made, iterations=made.iterations * len(made.concepts))
 
     def with_recipe(self, family: Family) -> EraseConfig:
         """With the family's own values for all settings that were not asked for."""
@@ -159,9 +168,11 @@ class EraseConfig:
         return Loading(*(getattr(self, field.name) for field in dataclasses.fields(Loading)))
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "concept", clean_prompt("concept", self.concept))
-        if self.erase_from is not None:
-            object.__setattr__(self, "erase_from", clean_prompt("erase_from", self.erase_from))
+        object.__setattr__(self, "concept", clean_concepts(self.concept))
+        object.__setattr__(self, "erase_from", clean_sources(self.erase_from, self.concepts))
+        if self.concept_weights is not None:
+            weights = clean_weights(self.concept_weights, self.concepts)
+            object.__setattr__(self, "concept_weights", weights)
         check_method(self.train_method)
         for name in ("iterations", "batch_size", "num_inference_steps", "collect_batch_size"):
             check_count(name, getattr(self, name))
@@ -207,6 +218,21 @@ class EraseConfig:
             refuse("samples", self.samples, "'last' where rollout is 'student'")
         if self.samples == "all" and self.schedule != "model":
             refuse("schedule", self.schedule, "'model' where samples is 'all'")
+
+        if None in self.sources and self.erase_from is not None and self.anchor == "null":
+            refuse("erase_from", self.erase_from, "one for each concept where anchor is 'null'")
+
+    @property
+    def concepts(self) -> tuple[str, ...]:
+        """What is erased, one by one."""
+        return (self.concept,) if isinstance(self.concept, str) else tuple(self.concept)
+
+    @property
+    def sources(self) -> tuple[str | None, ...]:
+        """What each concept is erased from; None: from everything."""
+        if self.erase_from is None or isinstance(self.erase_from, str):
+            return (self.erase_from,) * len(self.concepts)
+        return tuple(self.erase_from)
 
     @property
     def target_anchor(self) -> Anchor:
@@ -267,6 +293,46 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "ema": ("auto", "yes", "no"),
     "prediction_type": ("auto", "epsilon", "v_prediction"),
 }
+
+
+def clean_concepts(concept: Any) -> str | tuple[str, ...]:
+    """A text; a tuple of several."""
+    if not isinstance(concept, (list, tuple)):
+        return clean_prompt("concept", concept)
+    if not concept:
+        refuse("concept", concept, "a text, or a list of texts that holds one at least")
+    cleaned = tuple(clean_prompt("concept", text) for text in concept)
+    for text in cleaned:
+        if cleaned.count(text) > 1:
+            raise ValueError(f"concept holds {text!r} more than once; each must be there once")
+    return cleaned if len(cleaned) > 1 else cleaned[0]
+
+
+def clean_sources(
+    erase_from: Any, concepts: tuple[str, ...]
+) -> str | tuple[str | None, ...] | None:
+    """One text for all concepts, or None; a tuple where they differ."""
+    if erase_from is None:
+        return None
+    if not isinstance(erase_from, (list, tuple)):
+        return clean_prompt("erase_from", erase_from)
+    cleaned = tuple(None if t is None else clean_prompt("erase_from", t) for t in erase_from)
+    if len(cleaned) == 1:
+        return cleaned[0]
+    if len(cleaned) != len(concepts):
+        one_each = f"one text, or one for each of {len(concepts)} concepts"
+        refuse("erase_from", erase_from, one_each if len(concepts) > 1 else "one text")
+    return cleaned if len(set(cleaned)) > 1 else cleaned[0]
+
+
+def clean_weights(weights: Any, concepts: tuple[str, ...]) -> tuple[float, ...]:
+    if len(concepts) == 1:
+        refuse("concept_weights", weights, "left out where one concept is erased")
+    if not isinstance(weights, (list, tuple)) or len(weights) != len(concepts):
+        refuse("concept_weights", weights, f"a list of {len(concepts)} numbers, one a concept")
+    for weight in weights:
+        check_number("concept_weights", weight, above=0.0)
+    return tuple(float(weight) for weight in weights)
 
 
 def check_choices(config: Any, *names: str) -> None:

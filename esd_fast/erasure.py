@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .files import replacing
 from .live import check_held, plain_module
 from .parameters import plain_parameters
-from .prompts import safe_name
+from .prompts import file_part, safe_name
 
 if TYPE_CHECKING:
     import torch
@@ -47,9 +47,16 @@ class Erasure:
         return f"Erasure({concept!r}, {method}, {len(self.tensors)} tensors, {count:,} weights)"
 
     @property
+    def concepts(self) -> tuple[str, ...]:
+        """What it erases, one by one; empty where its file does not say."""
+        said = self.manifest.get("concepts", self.manifest.get("concept"))
+        texts = said if isinstance(said, list) else [said]
+        return tuple(str(text) for text in texts if text)
+
+    @property
     def file_name(self) -> str:
         """The reference's name of such a file, safe on every file system."""
-        concept = str(self.manifest.get("concept", "concept"))
+        concept = file_part(self.concepts) or "concept"
         source = self.manifest.get("erase_from") or concept
         method = safe_name(str(self.manifest.get("method", "esd")))
         return f"esd-{safe_name(concept)}-from-{safe_name(str(source))}-{method}.safetensors"

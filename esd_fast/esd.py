@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from .erasure import Erasure, fingerprint, versions
 from .fit import FitStep, Fitter, NonFiniteLoss, shuffled
 from .graphed_steps import RunGraphs
 from .live import onloading
-from .models import Model, PromptSet, load_model
+from .models import Conditioning, Model, PromptSet, load_model
 from .objective import Objective
 from .optimizers import described, make_optimizer
 from .parameters import TrainableSubset, canonical_method, only_trainable, trainable_names
@@ -46,14 +47,14 @@ class EraseInterrupted(KeyboardInterrupt):
 
 def erase(
     model: Any = None,
-    concept: str = "",
+    concept: str | Sequence[str] = "",
     *,
     preset: str = "fast",
     on_progress: Callable[[Progress], None] | None = None,
     on_step: Callable[[FitStep], None] | None = None,
     **settings: Any,
 ) -> Erasure:
-    """Erase `concept` from `model`; a live pipeline is left erased.
+    """Erase `concept`, or all of a list, from `model`; a live pipeline is left erased.
 
     `model`: a diffusers pipeline, a diffusers folder, a hub id, a single file in the original
     layout (.safetensors, .ckpt), or None for the embedded model.
@@ -72,14 +73,18 @@ def run(
     model: Model,
     config: EraseConfig,
     *,
+    extra: Sequence[Conditioning] = (),
     rollouts: list[Rollout] | None = None,
     words: list[str] | None = None,
     graphs: RunGraphs | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     on_step: Callable[[FitStep], None] | None = None,
 ) -> Erasure:
-    """`erase` on a loaded model. `rollouts` replaces the plan drawn from the seed, `words` the
-    tokenizer's own, which `keep_vocabulary` holds to, `graphs` what `cuda_graphs` chooses."""
+    """`erase` on a loaded model. `extra`: what is erased besides the texts of `config`, (1, ...)
+    each on the model's device and in its dtype, treated like one more concept: numbered after
+    them, and erased from the same prompt. `config.iterations` is for all together. `rollouts`
+    replaces the plan drawn from the seed, `words` the tokenizer's own, which `keep_vocabulary`
+    holds to, `graphs` what `cuda_graphs` chooses."""
     started = time.perf_counter()
     config = config.with_recipe(model.family)
     names = trainable_names(model.unet, config.train_method, model.family.name)
@@ -87,8 +92,10 @@ def run(
     scheduler = scheduler_for(model.pipeline.scheduler, config)
     resolution = shape[-1] * model.vae_scale_factor
     layout = layout_for(model, config, names, resolution)
-    prompts = encode_prompts(model, config, resolution)
-    filters, held_to = filters_for(model, names, config.keep_vocabulary, resolution, words)
+    prompts = encode_prompts(model, config, resolution, extra)
+    filters, held_to = filters_for(
+        model, names, config.keep_vocabulary, resolution, words, erased=config.concepts
+    )
     graphs = graphs or RunGraphs.of(config.cuda_graphs, model.unet, config.optimizer)
     teacher = Teacher(
         unet=model.unet,
@@ -101,7 +108,7 @@ def run(
         graphs=graphs.guided,
     )
     if rollouts is None:
-        rollouts = plan_rollouts(config, scheduler.timesteps, shape)
+        rollouts = plan_rollouts(config, scheduler.timesteps, shape, prompts.concepts)
     subset = TrainableSubset.of(model.unet, names, filters)
     objective = Objective(config.target_anchor, config.negative_guidance)
     student = prompts["concept" if config.erase_from is None else "erase_from"]
@@ -114,9 +121,12 @@ def run(
     )
     clipped = config.max_grad_norm or None
     fitter = graphs.fitter(
-        model.unet, subset, student, objective, optimizer, clipped, watched=on_step is not None
+        *(model.unet, subset, student, objective, optimizer, clipped),
+        weights_of(config, prompts, model.device),
+        watched=on_step is not None,
     )
-    noted = Noted(started, held_to, {"scheduler": teacher.scheduler_path(rollouts)}, graphs)
+    paths = {"scheduler": teacher.scheduler_path(rollouts)}
+    noted = Noted(started, len(extra), held_to, paths, graphs)
     collecting = passes_of(config, teacher, rollouts)
     meter = Meter(on_progress or (lambda _: None), collecting)
     passes = collecting + 2 * config.iterations * config.batch_size  # forward and backward
@@ -125,9 +135,11 @@ def run(
     try:
         with (
             only_trainable(model.unet, subset),
-            engaged(model, layout, shape[1:], passes) as paths,
+            engaged(model, layout, shape[1:], passes) as engine_paths,
         ):
-            noted.paths.update(paths)
+            noted.paths.update(engine_paths)
+            if prompts.concepts > 1:
+                noted.paths["prompt_projections"] += "; fit: anew, as batches mix concepts"
             together = layout.collect_batch_size
             for samples in training_batches(config, together, teacher, rollouts, subset, meter):
                 step = fitter.step(samples)
@@ -182,12 +194,36 @@ def rolled_prompt(config: EraseConfig) -> str:
     return "concept"
 
 
-def encode_prompts(model: Model, config: EraseConfig, resolution: int) -> PromptSet:
-    texts = {"null": "", "concept": config.concept}
+def encode_prompts(
+    model: Model, config: EraseConfig, resolution: int, extra: Sequence[Conditioning] = ()
+) -> PromptSet:
+    """Raises ValueError where it is not said what `extra` is to be erased from."""
+
+    @functools.cache
+    def encoded(text: str) -> Conditioning:
+        return model.family.encode(model.pipeline, text, resolution)
+
+    if extra and len(set(config.sources)) > 1:
+        raise ValueError(f"erase_from is {config.erase_from!r}; with extra it must be one for all")
+    concepts = [*map(encoded, config.concepts), *extra]
+    prompts = {"null": encoded(""), "concept": Conditioning.joined(concepts)}
     if config.erase_from is not None:
-        texts["erase_from"] = config.erase_from
-    encode = model.family.encode
-    return PromptSet({k: encode(model.pipeline, text, resolution) for k, text in texts.items()})
+        sources = [*config.sources, *(config.sources[0] for _ in extra)]
+        # a concept without one is its own: the same target as with anchor "concept"
+        anchors = [c if s is None else encoded(s) for c, s in zip(concepts, sources, strict=True)]
+        prompts["erase_from"] = Conditioning.joined(anchors)
+    return PromptSet(prompts)
+
+
+def weights_of(
+    config: EraseConfig, prompts: PromptSet, device: torch.device
+) -> torch.Tensor | None:
+    """(K,) float32: of each concept in the loss, of what is no text 1; None: alike."""
+    if config.concept_weights is None:
+        return None
+    said = [*config.concept_weights]
+    said += [1.0] * (prompts.concepts - len(said))
+    return torch.tensor(said, dtype=torch.float32, device=device)
 
 
 def passes_of(config: EraseConfig, teacher: Teacher, rollouts: list[Rollout]) -> int:
@@ -203,6 +239,7 @@ class Noted:
     """What the manifest tells of a run besides its numbers."""
 
     started: float  # time.perf_counter()
+    extra: int  # concepts that are no texts
     words: int  # that updates were held to
     paths: dict[str, str]  # how the UNet and the scheduler were run
     graphs: RunGraphs
@@ -259,8 +296,10 @@ def finish(
 
     device = str(model.device)
     manifest = {
-        "concept": config.concept,
-        "erase_from": config.erase_from,
+        "concept": ", ".join(config.concepts),
+        **({"concepts": list(config.concepts)} if len(config.concepts) > 1 else {}),
+        **({"extra_concepts": noted.extra} if noted.extra else {}),
+        "erase_from": ", ".join(dict.fromkeys(filter(None, config.sources))) or None,
         "method": canonical_method(config.train_method),
         "preset": config.preset,
         "model": model.source,

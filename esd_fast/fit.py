@@ -45,10 +45,11 @@ class Fitter:
 
     unet: torch.nn.Module
     subset: TrainableSubset
-    conditioning: Conditioning  # (1, L, D): what the student is asked with
+    conditioning: Conditioning  # (K, L, D): what the student is asked with, a row a concept
     objective: Objective
     optimizer: torch.optim.Optimizer
     max_grad_norm: float | None = None
+    weights: torch.Tensor | None = None  # (K,) float32: of each concept's samples in the loss
     losses: list[float] = field(default_factory=list)
     skipped: int = 0  # steps, of all
     skipped_in_a_row: int = 0
@@ -90,7 +91,7 @@ class Fitter:
         for parameter in self.subset.parameters.values():
             parameter.grad = None
         student = predict_noise(
-            self.unet, samples.latents, samples.timesteps, self.question(len(samples))
+            self.unet, samples.latents, samples.timesteps, self.question(samples)
         )  # (B, C, h, w)
         loss, _ = ops.guidance_loss(
             student,
@@ -98,7 +99,7 @@ class Fitter:
             samples.noise_pred_concept,
             samples.noise_pred_null,
             self.objective.negative_guidance,
-            1.0,
+            1.0 if self.weights is None else self.weights[samples.concepts],
         )
         self.scaler.scale(loss).backward()
         return loss.detach(), student.detach()
@@ -117,8 +118,12 @@ class Fitter:
                 f"iteration {len(self.losses) - 1}; try dtype bfloat16 or float32"
             )
 
-    def question(self, size: int) -> Conditioning:
-        """The same tensors at every step: what was made of them once may be kept."""
+    def question(self, samples: TeacherSamples) -> Conditioning:
+        """Each sample's own concept. Of one concept the same tensors at every step: what was made
+        of them once may be kept."""
+        if samples.concepts is not None:
+            return self.conditioning.rows(samples.concepts)
+        size = len(samples)
         if size not in self.asked:
             self.asked[size] = self.conditioning.repeated(size)
         return self.asked[size]

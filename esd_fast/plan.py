@@ -20,36 +20,59 @@ class Rollout:
     From `noise` (B, C, h, w), standard normal, float32 on the CPU (so that a seed means the same
     on every device), `steps` guided scheduler steps are taken from entry `start` of the
     scheduler's list. Then teacher and student are asked at timestep `query`. Without a query
-    every state on the way is a sample.
+    every state on the way is a sample. `concepts` (B,): the one that each trajectory belongs to,
+    by its number in the run; the first if not given.
     """
 
     noise: torch.Tensor
     steps: int
     query: float | None = None
     start: int = 0
+    concepts: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.concepts:
+            object.__setattr__(self, "concepts", (0,) * len(self.noise))
 
 
 def plan_rollouts(
-    config: EraseConfig, timesteps: torch.Tensor, shape: tuple[int, int, int]
+    config: EraseConfig, timesteps: torch.Tensor, shape: tuple[int, int, int], concepts: int = 0
 ) -> list[Rollout]:
     """The rollouts of a whole run, drawn from `config.seed` alone.
 
     `timesteps` is the scheduler's real list (PNDM's is one longer than asked, Heun's nearly
-    twice), `shape` is (C, h, w) of one sample's latents.
+    twice), `shape` is (C, h, w) of one sample's latents, `concepts` how many there are where they
+    are not those of `config` alone. Frozen trajectories are dealt to the concepts in turn, equally
+    many to each where every state is a sample; a student's follow one drawn for each step, as the
+    paper's script does it.
     """
     rng = random.Random(config.seed)
+    concepts = concepts or len(config.concepts)
+    batch = config.batch_size
     if config.samples == "all":
-        wanted = config.iterations * config.batch_size
-        count = math.ceil(wanted / len(timesteps))
-        return [Rollout(noise(rng, 1, shape), len(timesteps)) for _ in range(count)]
+        wanted = config.iterations * batch
+        count = concepts * math.ceil(wanted / (len(timesteps) * concepts))
+        return [
+            Rollout(noise(rng, 1, shape), len(timesteps), concepts=dealt(i, 1, concepts))
+            for i in range(count)
+        ]
     draw = {"model": draw_last, "paper": draw_paper, "paper-diffusers": draw_paper_diffusers}
+    # a stream of its own: noise and timesteps are those that one concept would have
+    words = random.Random(f"concepts {config.seed}")
+    student = config.rollout == "student"
     return [
         Rollout(
-            noise=noise(rng, config.batch_size, shape),
+            noise=noise(rng, batch, shape),
+            concepts=(words.randrange(concepts),) * batch if student else dealt(i, batch, concepts),
             **draw[config.schedule](rng, config.num_inference_steps, timesteps),
         )
-        for _ in range(config.iterations)
+        for i in range(config.iterations)
     ]
+
+
+def dealt(turn: int, batch: int, concepts: int) -> tuple[int, ...]:
+    """Of batch number `turn`: the concept of each trajectory, one after the other in turn."""
+    return tuple((turn * batch + row) % concepts for row in range(batch))
 
 
 def noise(rng: random.Random, batch: int, shape: tuple[int, int, int]) -> torch.Tensor:

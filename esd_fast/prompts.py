@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
 
 def clean_prompt(argument: str, text: object) -> str:
     """The prompt without blanks around it. Raises ValueError where nothing is left."""
     if not isinstance(text, str):
-        hint = "; for several concepts say them one at a time" if isinstance(text, list) else ""
-        raise ValueError(f"{argument} is {text!r}; it must be a text, such as 'cat'{hint}")  # noqa: TRY004
+        raise ValueError(f"{argument} is {text!r}; it must be a text, such as 'cat'")  # noqa: TRY004
     cleaned = text.strip()
     if not any(character.isprintable() and not character.isspace() for character in cleaned):
         raise ValueError(f"{argument} is {text!r}; it must name something, such as 'cat'")
@@ -45,6 +45,11 @@ def safe_name(text: str, limit: int = 60) -> str:
 
 # names that Windows keeps for devices, whatever follows a dot
 RESERVED = {"CON", "PRN", "AUX", "NUL", *(f"{n}{i}" for n in ("COM", "LPT") for i in range(1, 10))}
+
+
+def file_part(texts: Sequence[str]) -> str:
+    """Several texts in one file name, before `safe_name` makes it one: "cat+dog"."""
+    return "+".join(texts)
 
 
 def lost_by_truncation(tokenizer: Any, prompt: str) -> str:

@@ -54,6 +54,13 @@ def words_of(tokenizer: Any, at_most: int = WORDS_AT_MOST) -> list[str]:
     return whole if len(whole) <= at_most else sorted(random.Random(0).sample(whole, at_most))
 
 
+def without(words: Sequence[str], erased: Sequence[str]) -> list[str]:
+    """`words` without those that `erased` concepts are named by. The word of a single one weighs
+    next to nothing and stays, as it was in all that was measured."""
+    named = {word for text in erased for word in text.lower().split()}
+    return [word for word in words if len(erased) < 2 or word not in named]
+
+
 @torch.no_grad()
 def second_moment(model: Model, words: Sequence[str], resolution: int) -> torch.Tensor:
     """C (D, D) float32 on the CPU: mean of e e^T over all places of the empty prompt and of each
@@ -106,16 +113,18 @@ def filters_for(
     strength: float,
     resolution: int,
     words: Sequence[str] | None = None,
+    erased: Sequence[str] = (),
 ) -> tuple[dict[str, torch.Tensor], int]:
     """By parameter name the filter (float32, on the UNet's device), and the number of words.
 
     Empty where `strength` is 0 or nothing that reads the text is among `names`. `words` replaces
-    the tokenizer's own.
+    the tokenizer's own, which are held to but for those of several `erased` concepts.
     """
     reading = [n for n in names if reads_text(model.unet, n)]
     if not strength or not reading:
         return {}, 0
-    words = words_of(model.pipeline.tokenizer) if words is None else words
+    if words is None:
+        words = without(words_of(model.pipeline.tokenizer), erased)
     moment = second_moment(model, words, resolution)
     exact = torch.float32 if model.device.type == "mps" else torch.float64
     shared = keeping_filter(moment.to(model.device, exact), strength).float()

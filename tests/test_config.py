@@ -25,7 +25,9 @@ def config(**settings: Any) -> EraseConfig:
         ("concept", " \n\t ", "must name something"),
         ("concept", "\u200b", "must name something"),  # blank to the eye
         ("concept", None, "must be a text"),
-        ("concept", ["cat", "dog"], "one at a time"),
+        ("concept", {"cat"}, "must be a text"),  # no order
+        ("concept", [], "holds one at least"),
+        ("concept_weights", [1.0, 2.0], "left out where one concept is erased"),
         ("concept", "cat \udcff", "valid Unicode"),
         ("erase_from", "", "must name something"),
         ("erase_from", 3, "must be a text"),
@@ -80,6 +82,58 @@ def test_refused_naming_argument_and_value(name: str, value: object, would_do: s
         config(**{name: value})
     assert would_do in str(error.value)
     assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"concept": ["cat", "dog", " cat"]}, "concept holds 'cat' more than once"),
+        ({"concept": ["cat", ""]}, "concept is ''; it must name something"),
+        ({"concept": ["cat", 3]}, "concept is 3; it must be a text"),
+        ({"erase_from": ["a", "b", "c"]}, "or one for each of 2 concepts"),
+        ({"erase_from": []}, "or one for each of 2 concepts"),
+        ({"erase_from": ["a", ""]}, "erase_from is ''"),
+        ({"concept": "cat", "erase_from": ["a", "b"]}, "must be one text"),
+        ({"erase_from": ["a", None], "anchor": "null"}, "one for each concept where anchor"),
+        ({"concept_weights": [1.0]}, "a list of 2 numbers, one a concept"),
+        ({"concept_weights": 1.0}, "a list of 2 numbers, one a concept"),
+        ({"concept_weights": [1.0, 0]}, "above 0"),
+        ({"concept_weights": [1.0, float("nan")]}, "a finite number"),
+    ],
+)
+def test_refused_of_several_concepts(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=r"concept|erase_from") as error:
+        config(**{"concept": ["cat", "dog"]} | settings)
+    assert said in str(error.value)
+
+
+def test_several_concepts() -> None:
+    """A text for one, whatever it came as; a tuple for several."""
+    assert config(concept=[" cat "]).concept == "cat"
+    assert config(concept="cat, dog").concepts == ("cat, dog",)
+    two = config(concept=["cat", "Van Gogh "], erase_from=["an animal", None])
+    assert two.concept == two.concepts == ("cat", "Van Gogh")
+    assert two.sources == ("an animal", None)
+    assert two.target_anchor == "erase_from"
+    assert config(concept=["cat", "dog"], erase_from=["a", "a"]).erase_from == "a"
+    assert config(concept=["cat", "dog"], erase_from=["a"]).sources == ("a", "a")
+    assert config(concept=["cat", "dog"], erase_from=[None, None]).erase_from is None
+    assert config(erase_from=["a"]).erase_from == "a"
+    assert dataclasses.replace(two, seed=3).concepts == two.concepts
+    assert json.loads(json.dumps(dataclasses.asdict(two)))["concept"] == ["cat", "Van Gogh"]
+
+
+@pytest.mark.parametrize(
+    ("preset", "iterations"),
+    [("fast", 600), ("reference", 600), ("paper", 1000), ("paper-diffusers", 200)],
+)
+def test_a_recipes_iterations_are_for_each_concept_unless_one_is_drawn(
+    preset: str, iterations: int
+) -> None:
+    three = ["cat", "dog", "fish"]
+    assert EraseConfig.from_preset(preset, three, "any").iterations == iterations
+    assert EraseConfig.from_preset(preset, three, "any", iterations=7).iterations == 7
+    assert config(concept=three).iterations == 200
 
 
 @pytest.mark.parametrize(

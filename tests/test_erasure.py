@@ -123,6 +123,21 @@ def test_raw_concept_is_in_the_metadata(erasure: Erasure, tmp_path: Path) -> Non
             assert opened.metadata()["erase_concept"] == concept
 
 
+def test_several_concepts_in_the_file_name_and_metadata(erasure: Erasure, tmp_path: Path) -> None:
+    several = {"concept": "cat, Van Gogh", "concepts": ["cat", "Van Gogh"], "erase_from": None}
+    made = Erasure(erasure.tensors, erasure.manifest | several)
+    file = made.save(tmp_path)
+    assert file.name == "esd-cat+Van-Gogh-from-cat+Van-Gogh-esd-x.safetensors"
+    loaded = esd_fast.load(file)
+    assert loaded.concepts == ("cat", "Van Gogh")
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata()["erase_concept"] == "cat, Van Gogh"
+    many = Erasure({}, {"concepts": [f"concept {i}" for i in range(300)]})
+    assert len(many.file_name.encode()) < 255
+    assert erasure.concepts == (erasure.manifest["concept"],)
+    assert Erasure({}, {}).concepts == ()
+
+
 def test_saved_from_channels_last_and_other_layouts(tmp_path: Path) -> None:
     weight = torch.randn(4, 3, 3, 3).contiguous(memory_format=torch.channels_last)
     shifted = torch.randn(5, 4).t()

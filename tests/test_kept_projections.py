@@ -117,10 +117,12 @@ def pipelines_off(_: Any) -> Any:
 
 
 def test_a_question_is_the_same_tensor() -> None:
+    from esd_fast.collect import TeacherSamples
     from esd_fast.fit import Fitter
 
+    two = TeacherSamples(*(torch.zeros(2) for _ in range(4)))
     fitter = object.__new__(Fitter)
     fitter.conditioning, fitter.asked = Conditioning(torch.zeros(1, 2, 3)), {}
-    first = fitter.question(2)
+    first = fitter.question(two)
     assert first.encoder_hidden_states.shape == (2, 2, 3)
-    assert fitter.question(2) is first
+    assert fitter.question(two) is first

@@ -331,7 +331,7 @@ def test_conditioning_rows() -> None:
     null, concept = (
         Conditioning(torch.full((1, 2, 3), v), {"t": torch.full((1, 1), v)}) for v in (0.0, 1.0)
     )
-    both = PromptSet({"null": null, "concept": concept}).stacked(("null", "concept"), 2)
+    both = PromptSet({"null": null, "concept": concept}).stacked(("null", "concept"), (0, 0))
     assert both.encoder_hidden_states[:, 0, 0].tolist() == [0, 0, 1, 1]
     assert both.added_cond_kwargs is not None
     assert both.added_cond_kwargs["t"].flatten().tolist() == [0, 0, 1, 1]

@@ -96,6 +96,20 @@ def config(line: str) -> tuple[Any, Any]:
         ("--prompt allartist --train_method selflayer", {"train_method": "ldm-selflayer"}),
         ("--prompt artifact --train_method notime", {"train_method": "ldm-notime"}),
         ("--prompt 'cat, dog' --train_method noxattn", {"concept": "cat, dog"}),
+        (
+            "--prompt 'cat, Van Gogh,' --seperator , --train_method xattn",
+            {"concept": ("cat", "Van Gogh"), "preset": "paper", "iterations": 1000},
+        ),
+        ("--prompt 'cat dog' --seperator ' ' --train_method xattn", {"concept": ("cat", "dog")}),
+        ("--prompt 'cat' --seperator , --train_method xattn", {"concept": "cat"}),
+        (
+            "--concept cat --concept dog --erase-from animal",
+            {"concepts": ("cat", "dog"), "sources": ("animal", "animal"), "iterations": 400},
+        ),
+        (
+            "--concept cat --concept dog --erase-from animal --erase-from '' --concept-weights 1 2.5",
+            {"sources": ("animal", None), "concept_weights": (1.0, 2.5)},
+        ),
     ],
 )  # fmt: skip
 def test_command_lines(line: str, expected: dict[str, Any]) -> None:
@@ -107,6 +121,7 @@ def test_word_lists_and_models() -> None:
     assert config("--prompt i2p --train_method full")[1].concept.startswith("hate, harassment")
     assert config("--prompt allartist --train_method full")[1].concept.endswith("Kilian Eng")
     assert config("--prompt artifact --train_method full")[1].concept.startswith("ugly, tiling")
+    assert len(config("--prompt i2p --seperator , --train_method full")[1].concepts) == 11
     assert config(EVERY_SD)[0].model == "CompVis/stable-diffusion-v1-4"
     assert config(EVERY_LDM)[0].model == "sd-v1-4-full-ema.ckpt"
 
@@ -114,8 +129,10 @@ def test_word_lists_and_models() -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("--prompt 'cat, dog' --seperator , --train_method xattn", "makes 2 concepts"),
-        ("--prompt i2p --seperator , --train_method xattn", "makes 11 concepts"),
+        ("--prompt 'cat, dog,cat' --seperator , --train_method xattn", "'cat' more than once"),
+        ("--concept cat --erase-from ''", "erase_from is ''"),
+        ("--concept cat --concept dog --erase-from a --erase-from b --erase-from c", "each of 2"),
+        ("--concepts-file nowhere.txt", "'nowhere.txt' does not exist"),
         ("--prompt , --seperator , --train_method xattn", "--prompt is ''"),
         ("--prompt cat --train_method xattn --regularize 0.1", "--regularize is 0.1"),
         ("--concept cat --ddim_steps 20", "--ddim_steps is the paper's script's"),
@@ -123,11 +140,22 @@ def test_word_lists_and_models() -> None:
     ],
 )
 def test_what_is_refused(line: str, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
         config(line)
 
 
-@pytest.mark.parametrize("line", ["--train_method esd-x", "--concept a --prompt b"])
+def test_concepts_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "concepts.txt").write_text("cat\n\n  Van Gogh, late \nflat style\n")
+    asked = config(f"--concepts-file '{tmp_path / 'concepts.txt'}' --erase-from picture")[1]
+    assert asked.concepts == ("cat", "Van Gogh, late", "flat style")
+    (tmp_path / "concepts.txt").write_text("\n")
+    with pytest.raises(ValueError, match=r"concepts\.txt holds no prompt"):
+        config(f"--concepts-file '{tmp_path / 'concepts.txt'}'")
+
+
+@pytest.mark.parametrize(
+    "line", ["--train_method esd-x", "--concept a --prompt b", "--concept a --concepts-file b"]
+)
 def test_one_concept_is_named(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parser().parse_args(["train", *shlex.split(line)])
@@ -137,11 +165,17 @@ def test_one_concept_is_named(line: str, capsys: pytest.CaptureFixture[str]) -> 
 def test_file_names() -> None:
     folder = Path("esd-models/sd")
     name = "esd-golden_retriever-from-golden_retriever-esdu.safetensors"  # of its notebook
-    assert reference_file(folder, "golden retriever", None, "esd-u") == folder / name
-    assert reference_file(folder, "red", "a rose", "esd-x-strict").name == (
+    assert reference_file(folder, ["golden retriever"], [None], "esd-u") == folder / name
+    assert reference_file(folder, ["red"], ["a rose"], "esd-x-strict").name == (
         "esd-red-from-a_rose-esdxstrict.safetensors"
     )
-    odd = reference_file(folder, "AC/DC\n..", None, "up_blocks.*attn2")
+    assert reference_file(folder, ["cat", "Van Gogh"], [None, None], "esd-x").name == (
+        "esd-cat+Van_Gogh-from-cat+Van_Gogh-esdx.safetensors"
+    )
+    assert reference_file(folder, ["cat", "dog", "ink"], ["pet", "pet", None], "esd-x").name == (
+        "esd-cat+dog+ink-from-pet+ink-esdx.safetensors"
+    )
+    odd = reference_file(folder, ["AC/DC\n.."], [None], "up_blocks.*attn2")
     assert odd.parent == folder
     assert odd.name.startswith(f"esd-{safe_name('AC/DC' + chr(10) + '..')}-from-")
 
@@ -176,3 +210,18 @@ def test_a_run_and_the_notebooks_way_of_loading(
     assert "--overwrite" in capsys.readouterr().err
     assert main(["train", *shlex.split(line.replace("red apple", "fish"))]) == 0
     assert len(list((tmp_path / "esd-models").glob("esd-*.safetensors"))) == 2
+
+
+def test_a_run_over_several_words(tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    line = (
+        f"--ckpt_path '{GOLDEN / 'sd-ddim'}' --prompt 'red apple, a fish' --seperator , --lr 1e-3 "
+        f"--train_method xattn --iterations 3 --ddim_steps 4 --save_path '{folder}' --pictures 0"
+    )
+    assert main(["train", *shlex.split(line), "--device", "cpu"]) == 0
+    name = "red_apple+a_fish"
+    made = esd_fast.load(folder / f"esd-{name}-from-{name}-ldmxattn.safetensors")
+    assert made.concepts == ("red apple", "a fish")
+    assert made.manifest["concept"] == "red apple, a fish"
+    assert made.manifest["config"]["rollout"] == "student"
+    assert esd_fast.load(folder / "erased-red-apple+a-fish").concepts == made.concepts

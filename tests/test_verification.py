@@ -220,9 +220,10 @@ def test_a_file_without_tensors() -> None:
         ({"concept": "a cat", "erase_from": "an animal"}, ["a cat", "an animal"]),
         ({"concept": "esd-Van_Gogh-from-Van_Gogh-esdx"}, ["Van Gogh"]),  # a file's bare name
         ({"concept": "kelly"}, ["kelly"]),
+        ({"concept": "cat, dog", "concepts": ["cat", "dog"]}, ["cat", "dog"]),
     ],
 )
-def test_what_is_drawn(manifest: dict[str, str], drawn: list[str]) -> None:
+def test_what_is_drawn(manifest: dict[str, Any], drawn: list[str]) -> None:
     model = load_model(pipelines.pipeline(), EraseConfig(concept="x"))
     shots = Look.of(model, Erasure({}, manifest), 2, 5, {}).shots
     assert shots == tuple(Shot(text, seed) for text in drawn for seed in (5, 6))

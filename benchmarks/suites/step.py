@@ -315,7 +315,7 @@ def guided_esd_fast(work: Work, graphs: GuidedGraphs | None = None) -> Step:
 
 def guided_eager(work: Work) -> Step:
     unet, scheduler = work.unet, work.family.noise_schedule()
-    conditioning = work.prompts.stacked(("null", "concept"), 1)
+    conditioning = work.prompts.stacked(("null", "concept"), (0,))
 
     @torch.no_grad()
     def endless() -> Iterator[torch.Tensor]:

@@ -7,10 +7,11 @@ options of its own, which are turned into ours here, with that script's recipe.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from esd_fast.parameters import METHODS
-from esd_fast.prompts import clean_prompt, safe_name
+from esd_fast.prompts import clean_prompt, file_part, safe_name
 
 # the paper's script's short names for lists of words; it trains on the whole text as one prompt
 # unless --seperator (its spelling) splits it
@@ -57,7 +58,7 @@ def translated(arguments: argparse.Namespace) -> list[str]:
 
 
 def from_paper_script(arguments: argparse.Namespace) -> list[str]:
-    arguments.concept = one_word(arguments.prompt, arguments.seperator)
+    arguments.concept = words_of(arguments.prompt, arguments.seperator)
     arguments.preset = arguments.preset or "paper"
     if arguments.regularize:
         raise ValueError(f"--regularize is {arguments.regularize:g}; only 0 is done here")
@@ -74,25 +75,24 @@ def from_paper_script(arguments: argparse.Namespace) -> list[str]:
     return [f"--{name} is not needed: not read" for name in unused]
 
 
-def one_word(prompt: str, separator: str | None) -> str:
+def words_of(prompt: str, separator: str | None) -> list[str]:
     text = WORD_LISTS.get(prompt, prompt)
-    words = [text] if separator is None else [w.strip() for w in text.split(separator or None)]
-    words = [word for word in words if word]
-    if len(words) > 1:
-        raise ValueError(
-            f"--seperator {separator!r} makes {len(words)} concepts of --prompt; one run erases one "
-            "so far: erase each, then `esd-fast export` puts several into one model"
-        )
-    return clean_prompt("--prompt", words[0] if words else "")
+    words = [text] if separator is None else text.split(separator or None)
+    return [w.strip() for w in words if w.strip()] or [clean_prompt("--prompt", "")]
 
 
-def reference_file(folder: Path, concept: str, erase_from: str | None, method: str) -> Path:
+def reference_file(
+    folder: Path, concepts: Sequence[str], sources: Sequence[str | None], method: str
+) -> Path:
     """Where esd_sd.py writes and its notebooks read: spaces are underscores, methods without
-    dashes. What no file system would take is made safe."""
+    dashes. What no file system would take is made safe. Of several concepts, which the script
+    does not know, the names are joined, and so are the `sources` that they are erased from."""
 
     def part(text: str) -> str:
         plain = text.replace(" ", "_")
         return plain if safe_name(plain) == plain else safe_name(text)
 
     short = safe_name(method).replace("-", "")
-    return folder / f"esd-{part(concept)}-from-{part(erase_from or concept)}-{short}.safetensors"
+    origin = dict.fromkeys(s or c for c, s in zip(concepts, sources, strict=True))
+    name = f"esd-{part(file_part(concepts))}-from-{part(file_part(list(origin)))}"
+    return folder / f"{name}-{short}.safetensors"

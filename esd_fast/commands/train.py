@@ -15,7 +15,8 @@ from esd_fast.config import EraseConfig
 from esd_fast.files import check_target
 from esd_fast.pages import keep_pages
 from esd_fast.parameters import canonical_method
-from esd_fast.prompts import safe_name
+from esd_fast.prompt_list import read_prompts
+from esd_fast.prompts import file_part, safe_name
 
 from .console import Bars, peak_memory_bytes, quiet_libraries
 from .reference_flags import reference_file, translated
@@ -73,7 +74,8 @@ def train(arguments: argparse.Namespace) -> int:
     report["seconds"] |= {"load": loaded, "draw_before": drawn - loaded}
     report["seconds"]["draw_after"] = time.time() - started - trained
     report |= proof.results(before, after)
-    write_pictures(folder, proof.rows(before, after), config.concept, erasure.manifest["losses"])
+    concept, losses = erasure.manifest["concept"], erasure.manifest["losses"]
+    write_pictures(folder, proof.rows(before, after), concept, losses)
     report["seconds"]["total"] = time.time() - started
     from esd_fast.evaluation.report import write_report
 
@@ -98,9 +100,12 @@ def config_of(arguments: argparse.Namespace) -> EraseConfig:
     """Every field of EraseConfig that the command line gives."""
     names = {f.name for f in dataclasses.fields(EraseConfig)} - {"concept", "preset"}
     given = {n: getattr(arguments, n) for n in names if hasattr(arguments, n)}
-    return EraseConfig.from_preset(
-        arguments.preset or "fast", arguments.concept, arguments.model, **given
-    )
+    concepts = arguments.concept
+    if arguments.concepts_file is not None:
+        concepts = [case.prompt for case in read_prompts(arguments.concepts_file)]
+    if given["erase_from"] is not None and len(concepts) > 1:  # "" leaves one out
+        given["erase_from"] = [text or None for text in given["erase_from"]]
+    return EraseConfig.from_preset(arguments.preset or "fast", concepts, arguments.model, **given)
 
 
 def delta_place(arguments: argparse.Namespace, config: EraseConfig) -> Path | None:
@@ -109,7 +114,7 @@ def delta_place(arguments: argparse.Namespace, config: EraseConfig) -> Path | No
         return None
     folder = Path(arguments.save_path)
     file = reference_file(
-        folder, config.concept, config.erase_from, canonical_method(config.train_method)
+        folder, config.concepts, config.sources, canonical_method(config.train_method)
     )
     check_target(file, arguments.overwrite)
     if arguments.output is None:
@@ -119,7 +124,7 @@ def delta_place(arguments: argparse.Namespace, config: EraseConfig) -> Path | No
 
 def free_folder(parent: Path, config: EraseConfig, overwrite: bool) -> Path:
     """A name that holds no results yet."""
-    name = f"erased-{safe_name(config.concept)}"
+    name = f"erased-{safe_name(file_part(config.concepts))}"
     folder, number = parent / name, 1
     while holds_results(folder) and not overwrite:
         number += 1

@@ -127,6 +127,11 @@ def named_in(prompt: str) -> str | None:
     return next((w for w in words if w in OBJECTS or w in STYLES), None)
 
 
+def all_named_in(prompts: Sequence[str]) -> list[str]:
+    """What each of `prompts` names, in their order, once."""
+    return list(dict.fromkeys(filter(None, map(named_in, prompts))))
+
+
 def draw_scene(rng: random.Random, neutral_share: float) -> Scene:
     """One training scene: the caption form first, then what it leaves open."""
     kind = rng.random()

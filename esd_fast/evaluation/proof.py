@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from esd_fast.models import Model
 
 ERASED_IMAGES, KEPT_IMAGES = 32, 64
+FEWEST_IMAGES = 8  # of each of many erased concepts
+ERASED_ROWS = 8  # of the grid, at most
+STYLES_SHOWN, OBJECTS_SHOWN = ("ink", "sepia"), ("dog", "banana", "house", "rocket")
 GUIDANCE_EMBEDDED, GUIDANCE_OTHERS = 4.0, 7.5
 
 
@@ -88,7 +91,12 @@ class Proof:
             return sum(seen) / len(seen)
 
         return {
-            "erased": {"before": share(was[:n]), "after": share(now[:n]), "images": n},
+            "erased": {
+                "before": share(was[:n]),
+                "after": share(now[:n]),
+                "images": n,
+                "by_concept": by_concept(self.erased, was[:n], now[:n]),
+            },
             "kept": {
                 "before": share(was[n:]),
                 "after": share(now[n:]),
@@ -123,12 +131,13 @@ def proof_for(
 ) -> Proof:
     """The embedded model's concepts are judged; other models get the grid alone."""
     embedded = model.source == "embedded"
-    known = world.named_in(config.concept) if embedded else None
-    prompts = embedded_rows(known) if known else other_rows(config.concept, keep_prompts)
+    known = world.all_named_in(config.concepts) if embedded else []
+    each = max(ERASED_IMAGES // max(1, len(known)), FEWEST_IMAGES)
+    prompts = embedded_rows(known) if known else other_rows(config.concepts, keep_prompts)
     return Proof(
         prompts=tuple(prompts),
         columns=columns,
-        erased=tuple(erased_questions(known, ERASED_IMAGES, config.seed)) if known else (),
+        erased=tuple(q for c in known for q in erased_questions(c, each, config.seed)),
         kept=tuple(kept_questions(known, KEPT_IMAGES, config.seed)) if known else (),
         guidance_scale=GUIDANCE_EMBEDDED if embedded else GUIDANCE_OTHERS,
         resolution=config.resolution,
@@ -136,19 +145,23 @@ def proof_for(
     )
 
 
-def embedded_rows(concept: str) -> list[tuple[str, str]]:
-    """Two rows of what goes, one style and three objects that stay."""
-    style = next(s for s in ("ink", "sepia") if s != concept)
-    objects = [o for o in ("dog", "banana", "house", "rocket") if o != concept]
-    if concept in world.STYLES:
-        gone = [f"{concept} style", f"a dog in {concept} style"]
+def embedded_rows(concepts: Sequence[str]) -> list[tuple[str, str]]:
+    """What goes, in two rows (a row each, where there are several), one style and three objects
+    that stay."""
+    style, *_ = (*(s for s in (*STYLES_SHOWN, *world.STYLES) if s not in concepts), "")
+    objects = [o for o in (*OBJECTS_SHOWN, *world.OBJECTS) if o not in concepts]
+    in_style = f" in {style} style" if style else ""
+    if len(concepts) > 1:
+        gone = [f"{c} style" if c in world.STYLES else f"a {c}" for c in concepts[:ERASED_ROWS]]
+    elif concepts[0] in world.STYLES:
+        gone = [f"{concepts[0]} style", f"a dog in {concepts[0]} style"]
     else:
-        gone = [f"a {concept}", f"a {concept} in {style} style"]
-    kept = [f"a {objects[0]}", f"a {objects[1]}", f"a {objects[2]} in {style} style"]
-    return (
-        [(p, "erased") for p in gone] + [(f"{style} style", "style")] + [(p, "kept") for p in kept]
-    )
+        gone = [f"a {concepts[0]}", f"a {concepts[0]}{in_style}"]
+    kept = [f"a {o}{s}" for o, s in zip(objects, ("", "", in_style), strict=False)]
+    styles = [(f"{style} style", "style")] if style else []
+    return [(p, "erased") for p in gone] + styles + [(p, "kept") for p in kept]
 
 
-def other_rows(concept: str, keep_prompts: Sequence[str]) -> list[tuple[str, str]]:
-    return [(concept, "erased"), *((p, "kept") for p in keep_prompts)]
+def other_rows(concepts: Sequence[str], keep_prompts: Sequence[str]) -> list[tuple[str, str]]:
+    gone = [(concept, "erased") for concept in concepts[:ERASED_ROWS]]
+    return [*gone, *((p, "kept") for p in keep_prompts)]

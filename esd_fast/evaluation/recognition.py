@@ -35,13 +35,14 @@ def erased_questions(concept: str, count: int, seed: int = 0) -> list[Question]:
     return [ask(forms[i % len(forms)], concept, rng) for i in range(count)]
 
 
-def kept_questions(erased: str, count: int, seed: int = 0) -> list[Question]:
-    """`count` pictures of other concepts, none of whose captions names `erased`.
+def kept_questions(erased: str | Sequence[str], count: int, seed: int = 0) -> list[Question]:
+    """`count` pictures of other concepts, none of whose captions names `erased` (or one of it).
 
     The first ones that qualify of a pool that depends on the seed alone, so that runs which erase
     different concepts are asked about the same pictures.
     """
-    qualify = (q for q in pool(seed) if erased not in q.shot.prompt.split())
+    names = {erased} if isinstance(erased, str) else {*erased}
+    qualify = (q for q in pool(seed) if names.isdisjoint(q.shot.prompt.split()))
     return list(itertools.islice(qualify, count))
 
 

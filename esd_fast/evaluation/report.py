@@ -16,7 +16,17 @@ from . import write_atomically
 
 # report.json lists what people look for first; other keys follow in alphabetical order
 KEY_ORDER = (
-    *("concept", "erase_from", "method", "preset", "model", "family", "seed", "interrupted"),
+    *(
+        "concept",
+        "concepts",
+        "erase_from",
+        "method",
+        "preset",
+        "model",
+        "family",
+        "seed",
+        "interrupted",
+    ),
     *("erased", "kept", "seconds", "unet_passes", "peak_memory_bytes", "paths_taken", "losses"),
     *("config", "versions", "weights"),
 )
@@ -24,6 +34,7 @@ KEY_ORDER = (
 GONE, MOSTLY_GONE = 0.05, 0.20
 # and on how much of what was recognised before still is
 KEPT, MOSTLY_KEPT = 0.93, 0.80
+TONES = ("good", "unknown", "fair", "bad")
 TABLE_ROWS, WEIGHT_ROWS = 12, 20
 Z95 = 1.959963984540054
 
@@ -205,6 +216,7 @@ def render_html(
         _interrupted(report),
         _cards(report),
         _before_after(before_after),
+        _erased_by_concept(report),
         _by_concept(_mapping(_mapping(report, "kept"), "by_concept")),
         _loss(loss, _mapping(report, "losses")),
         _phases(_mapping(report, "seconds")),
@@ -268,28 +280,42 @@ def _headline(report: Mapping[str, Any], concept: str) -> Html:
 
 def verdict_of(report: Mapping[str, Any]) -> tuple[str, str]:
     """(tone, sentences): did the concept go, and did the rest stay?"""
-    gone_tone, gone = _gone(*_rates(_mapping(report, "erased")))
+    left = _left_of_each(report)
+    gone_tone, gone = _gone(*_rates(_mapping(report, "erased")), several=bool(left))
+    worst = max(left, key=lambda name: left[name], default="")
+    if worst and left[worst] > GONE:
+        gone += f" Least gone is {worst}, recognised in {percent(left[worst])}."
+        weak = "fair" if left[worst] <= MOSTLY_GONE else "bad"
+        gone_tone = max(gone_tone, weak, key=TONES.index)
     kept_tone, kept = _stayed(*_rates(_mapping(report, "kept")))
-    worst = max(gone_tone, kept_tone, key=("good", "unknown", "fair", "bad").index)
-    return worst, f"{gone} {kept}".strip()
+    return max(gone_tone, kept_tone, key=TONES.index), f"{gone} {kept}".strip()
+
+
+def _left_of_each(report: Mapping[str, Any]) -> dict[str, float]:
+    """Of several erased concepts how often each is recognised afterwards; empty for one."""
+    by_concept = _mapping(_mapping(report, "erased"), "by_concept")
+    rates = {n: _rates(g)[1] for n, g in by_concept.items() if isinstance(g, Mapping)}
+    return {n: r for n, r in rates.items() if r is not None} if len(rates) > 1 else {}
 
 
 def _rates(group: Mapping[str, Any]) -> tuple[float | None, float | None]:
     return number(group.get("before")), number(group.get("after"))
 
 
-def _gone(before: float | None, after: float | None) -> tuple[str, str]:
+def _gone(before: float | None, after: float | None, several: bool = False) -> tuple[str, str]:
+    one, many = ("concept is", "it was", "its"), ("concepts are", "they were", "their")
+    what, it, its = many if several else one
     if after is None:
         return "unknown", "Not measured: no judge was asked whether the concept is gone."
-    was = f", where it was in {percent(before)} before" if before is not None else ""
-    seen = f"recognised in {percent(after)} of its images{was}."
+    was = f", where {it} in {percent(before)} before" if before is not None else ""
+    seen = f"recognised in {percent(after)} of {its} images{was}."
     if before is not None and before <= after:
         return "bad", f"Not erased: {seen}"
     if after <= GONE:
-        return "good", f"The concept is gone: {seen}"
+        return "good", f"The {what} gone: {seen}"
     if after <= MOSTLY_GONE:
-        return "fair", f"The concept is mostly gone: {seen}"
-    return "bad", f"The concept is weaker, not gone: {seen}"
+        return "fair", f"The {what} mostly gone: {seen}"
+    return "bad", f"The {what} weaker, not gone: {seen}"
 
 
 def _stayed(before: float | None, after: float | None) -> tuple[str, str]:
@@ -422,21 +448,40 @@ def _before_after(content: bytes | None) -> Html | None:
     return _section("Before and after", element("figure", _image(content, alt)), note=note)
 
 
+def _erased_by_concept(report: Mapping[str, Any]) -> Html | None:
+    """For several alone."""
+    left = _left_of_each(report)
+    groups = _mapping(_mapping(report, "erased"), "by_concept")
+    lines = [
+        _concept_row(name, *_rates(groups[name]), groups[name], red=False)
+        for name in sorted(left, key=lambda name: -left[name])
+    ]
+    if not lines:
+        return None
+    note = "How often each is still recognised, the least gone first."
+    return _section("Erased, one by one", *_folded(lines), note=note)
+
+
 def _by_concept(concepts: Mapping[str, Any]) -> Html | None:
     rows = [(n, *_rates(g), g) for n, g in concepts.items() if isinstance(g, Mapping)]
     if not rows:
         return None
     rows.sort(key=lambda row: _change(row[1], row[2]))
     lines = [_concept_row(name, before, after, group) for name, before, after, group in rows]
-    head = ("concept", "", "before", "after", "change", "images")
-    first, rest = lines[:TABLE_ROWS], lines[TABLE_ROWS:]
-    more = _table(head, rest, "numbers")
-    hidden = element("details", element("summary", f"{len(rest)} more"), more) if rest else None
     note = (
         "How often each was recognised, the greatest losses first. "
         "Red: more than chance explains (95%)."
     )
-    return _section("Kept, one by one", _table(head, first, "numbers"), hidden, note=note)
+    return _section("Kept, one by one", *_folded(lines), note=note)
+
+
+def _folded(lines: list[Html]) -> tuple[Html, Html | None]:
+    """A table of concepts, and the rest of a long one to unfold."""
+    head = ("concept", "", "before", "after", "change", "images")
+    first, rest = lines[:TABLE_ROWS], lines[TABLE_ROWS:]
+    more = _table(head, rest, "numbers")
+    hidden = element("details", element("summary", f"{len(rest)} more"), more) if rest else None
+    return _table(head, first, "numbers"), hidden
 
 
 def _change(before: float | None, after: float | None) -> float:
@@ -444,14 +489,18 @@ def _change(before: float | None, after: float | None) -> float:
 
 
 def _concept_row(
-    name: str, before: float | None, after: float | None, group: Mapping[str, Any]
+    name: str,
+    before: float | None,
+    after: float | None,
+    group: Mapping[str, Any],
+    red: bool = True,
 ) -> Html:
     change = _change(before, after)
     points = (
         "" if math.isinf(change) else f"{100 * change:+.1f}".removesuffix(".0").replace("-", "−")
     )
     images = number(group.get("images"))
-    lost = "lost" if _surely_lost(before, after, images) else None
+    lost = "lost" if red and _surely_lost(before, after, images) else None
     return element(
         "tr",
         element("th", user_text(name), scope="row"),

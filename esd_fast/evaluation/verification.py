@@ -3,6 +3,7 @@ the file on, and saw nothing change."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -107,25 +108,30 @@ class Look:
         settings: dict[str, Any],
         prompts: Sequence[str] = (),
     ) -> Look:
-        """Of the concept, or of `prompts`; `images` each, of the embedded model in all."""
-        concept = concept_of(erasure)
-        known = world.named_in(concept) if model.source == "embedded" and not prompts else None
+        """Of the concepts, or of `prompts`; `images` each, of the embedded model in all (but one
+        a concept at least)."""
+        concepts = concepts_of(erasure)
+        embedded = model.source == "embedded" and not prompts
+        known = world.all_named_in(concepts) if embedded else []
         if known:
-            questions = tuple(erased_questions(known, images, seed))
+            each = math.ceil(images / len(known))
+            questions = tuple(q for c in known for q in erased_questions(c, each, seed))
             return cls(tuple(q.shot for q in questions), questions, settings)
-        texts = prompts or list(
-            dict.fromkeys([concept, str(erasure.manifest.get("erase_from") or concept)])
-        )
+        source = erasure.manifest.get("erase_from")
+        texts = prompts or list(dict.fromkeys([*concepts, *([str(source)] if source else [])]))
         shots = tuple(Shot(text, seed + i) for text in texts for i in range(images))
         return cls(shots, (), settings)
 
 
-def concept_of(erasure: Erasure) -> str:
+def concepts_of(erasure: Erasure) -> list[str]:
     """What the manifest says; of a file that says nothing, what the reference calls such files
     after: esd-CONCEPT-from-..."""
-    said = str(erasure.manifest.get("concept", ""))
-    found = re.fullmatch(r"esd-(.+?)-from-.+", said)
-    return re.sub(r"[-_]+", " ", found[1]) if found else said
+
+    def plain(said: str) -> str:
+        found = re.fullmatch(r"esd-(.+?)-from-.+", said)
+        return re.sub(r"[-_]+", " ", found[1]) if found else said
+
+    return [plain(said) for said in erasure.concepts] or [""]
 
 
 def verify(
@@ -420,7 +426,7 @@ def check_pictures(
     if found.fine_so_far("moves"):
         judge_pictures(found, mean, changed, len(each))
     if look.questions:
-        judge_concept(found, look.questions, before, after)
+        judge_concepts(found, look.questions, before, after)
 
 
 def judge_pictures(found: Verification, mean: float, changed: float, count: int) -> None:
@@ -443,20 +449,30 @@ def judge_pictures(found: Verification, mean: float, changed: float, count: int)
         found.say("pictures", "fine", told)
 
 
-def judge_concept(
+def judge_concepts(
     found: Verification, questions: Sequence[Question], before: np.ndarray, after: np.ndarray
 ) -> None:
-    was, now = (judged(drawn, questions, ("judge",)).seen["judge"] for drawn in (before, after))
-    first, left = sum(was) / len(was), sum(now) / len(now)
-    found.numbers["concept"] = {
-        "concept": questions[0].concept,
-        "judge": "the embedded model's",
-        "images": len(questions),
-        "recognised_before": first,
-        "recognised_after": left,
-    }
+    """A finding for each; the numbers of a single one are a table, of several a list."""
+    was, now = (judged(drawn, questions, ("judge",)).by_concept() for drawn in (before, after))
+    rows = [
+        {
+            "concept": concept,
+            "judge": "the embedded model's",
+            "images": images,
+            "recognised_before": was[concept][0] / images,
+            "recognised_after": seen / images,
+        }
+        for concept, (seen, images) in now.items()
+    ]
+    found.numbers["concept"] = rows[0] if len(rows) == 1 else rows
+    for row in rows:
+        judge_concept(found, row)
+
+
+def judge_concept(found: Verification, row: dict[str, Any]) -> None:
+    first, left = row["recognised_before"], row["recognised_after"]
     told = (
-        f"{questions[0].concept!r} is recognised in {first:.0%} of {len(questions)} pictures "
+        f"{row['concept']!r} is recognised in {first:.0%} of {row['images']} pictures "
         f"without it, in {left:.0%} with it"
     )
     if left > STILL_THERE * first:

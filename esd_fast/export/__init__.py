@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,9 +145,10 @@ def merged_erasure(merged: Merged) -> Erasure:
     first, *rest = merged.manifests
     if not rest:
         return Erasure(merged.tensors, first)
-    concepts = [str(m.get("concept", "unknown")) for m in merged.manifests]
+    concepts = chain.from_iterable(Erasure({}, m).concepts for m in merged.manifests)
     manifest = {
-        "concept": ", ".join(concepts),
+        "concept": ", ".join(str(m.get("concept", "unknown")) for m in merged.manifests),
+        "concepts": list(dict.fromkeys(concepts)),
         "erase_from": None,
         "method": "merged",
         "model": first.get("model", "unknown"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
@@ -19,12 +19,36 @@ class Conditioning:
     encoder_hidden_states: torch.Tensor
     added_cond_kwargs: dict[str, torch.Tensor] | None = None
 
+    def __len__(self) -> int:
+        return len(self.encoder_hidden_states)
+
     def repeated(self, batch: int) -> Conditioning:
         """(1, ...) to (batch, ...)."""
         return Conditioning.joined([self] * batch)
 
+    def row(self, number: int) -> Conditioning:
+        """One of the B, (1, ...)."""
+        return self.map(lambda tensor: tensor[number].unsqueeze(0))
+
+    def rows(self, numbers: torch.Tensor) -> Conditioning:
+        """Those of `numbers` (N,), which lie on the same device: (N, ...)."""
+        return self.map(lambda tensor: tensor.index_select(0, numbers))
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Conditioning:
+        added = self.added_cond_kwargs
+        return Conditioning(
+            change(self.encoder_hidden_states),
+            None if added is None else {k: change(v) for k, v in added.items()},
+        )
+
+    def fill(self, other: Conditioning) -> None:
+        """`other`'s numbers into these very tensors."""
+        self.encoder_hidden_states.copy_(other.encoder_hidden_states)
+        for name, value in (self.added_cond_kwargs or {}).items():
+            value.copy_(other.added_cond_kwargs[name])  # type: ignore[index]
+
     @staticmethod
-    def joined(parts: list[Conditioning]) -> Conditioning:
+    def joined(parts: Sequence[Conditioning]) -> Conditioning:
         added = parts[0].added_cond_kwargs
         return Conditioning(
             torch.cat([p.encoder_hidden_states for p in parts]),
@@ -39,16 +63,27 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The encoded prompts of a run: "null", "concept" and perhaps "erase_from", (1, ...) each."""
+    """The encoded prompts of a run: "null" (1, ...), "concept" and perhaps "erase_from" (K, ...),
+    a row for each of the K concepts that it erases."""
 
     by_name: dict[str, Conditioning]
 
     def __getitem__(self, name: str) -> Conditioning:
         return self.by_name[name]
 
-    def stacked(self, names: tuple[str, ...], batch: int) -> Conditioning:
-        """`batch` rows of the first name, then of the second, ..."""
-        return Conditioning.joined([self.by_name[n] for n in names for _ in range(batch)])
+    @property
+    def concepts(self) -> int:
+        """K."""
+        return len(self.by_name["concept"])
+
+    def stacked(self, names: tuple[str, ...], concepts: Sequence[int]) -> Conditioning:
+        """A row for each of `concepts`, by number, of the first name, then of the second, ..."""
+        return Conditioning.joined([self.of(n, k) for n in names for k in concepts])
+
+    def of(self, name: str, concept: int) -> Conditioning:
+        """(1, ...); the empty prompt is the same for all."""
+        prompt = self.by_name[name]
+        return prompt if len(prompt) == 1 else prompt.row(concept)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,16 @@ def test_kept_questions_never_name_the_erased_concept():
         assert 0.2 < styles < 0.4
 
 
+def test_kept_questions_name_none_of_several_erased_concepts():
+    erased = ["cat", "ink", "cake"]
+    questions = kept_questions(erased, 300)
+    assert all({*erased}.isdisjoint(q.shot.prompt.split()) for q in questions)
+    allowed = [
+        q for q in kept_questions("cat", 400) if {"ink", "cake"}.isdisjoint(q.shot.prompt.split())
+    ]
+    assert questions[:200] == allowed[:200]
+
+
 def test_different_concepts_share_their_kept_pictures():
     shared = set(kept_questions("cat", 200, 1)) & set(kept_questions("ink", 200, 1))
     assert len(shared) > 120

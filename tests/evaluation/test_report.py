@@ -381,6 +381,26 @@ def test_verdict(erased, kept, tone, words):
     assert words in said[1]
 
 
+def test_verdict_of_several_is_that_of_the_worst(tmp_path):
+    by_concept = {
+        "cat": {"before": 1.0, "after": 0.0, "images": 16},
+        "<i>cake</i>": {"before": 1.0, "after": 0.125, "images": 16},
+        "ink": {"before": 1.0, "after": 0.0, "images": 16},
+    }
+    erased = {"before": 1.0, "after": 0.0417, "images": 48, "by_concept": by_concept}
+    tone, said = verdict_of({"erased": erased})
+    assert tone == "fair"
+    assert said.startswith("The concepts are gone: recognised in 4.2% of their images")
+    assert said.endswith("Least gone is <i>cake</i>, recognised in 12.5%.")
+    page = write_report(tmp_path, {"erased": erased}).read_text()
+    assert "Erased, one by one" in page
+    assert page.index("&lt;i&gt;cake") < page.index("ink</bdi>")
+    assert "<i>cake" not in page
+    assert 'class="lost"' not in page  # red is for what should have stayed
+    one = erased | {"by_concept": {"cat": by_concept["cat"]}}
+    assert "Erased, one by one" not in write_report(tmp_path, {"erased": one}).read_text()
+
+
 def test_elements_escape_what_is_not_markup():
     assert element("p", "<b>", Html("<b>x</b>"), None, 3, title='"<') == (
         '<p title="&quot;&lt;">&lt;b&gt;<b>x</b>3</p>'

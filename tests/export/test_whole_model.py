@@ -277,6 +277,7 @@ def test_several_erasures_add_up(folders: dict[str, Path], tmp_path: Path) -> No
     assert "are moved by more than one erasure" in exported.notes[0]
     merged = esd_fast.load(exported.path)
     assert merged.manifest["concept"] == "cat, dog, cat"
+    assert merged.concepts == ("cat", "dog")
     before = dict(pipe.unet.named_parameters())
     for name, tensor in merged.tensors.items():
         moves = [

@@ -20,6 +20,12 @@ Nothing here is fast, and nothing should be: two whole UNets, no caching, one `f
 
 N is num_inference_steps (50 in all public scripts), stride is 1000 // N (20 there).
 All three ask and train on the UNet's raw output, whether that is epsilon or v.
+
+Several words: `concept` is a list (and `erase_from` one for all, or a list), and which[k] numbers the word of each row
+of optimizer step k's batch. The paper's script draws one for the step; it has its own rollout and its own questions,
+so for a row it is as if it were alone.
+
+`every_state` is no public recipe but the package's own: all states of frozen trajectories, used in a given order.
 """
 
 import copy
@@ -115,8 +121,8 @@ class Training:
     def __init__(
         self,
         pipe: Any,
-        concept: str,
-        erase_from: str | None,
+        concept: str | Sequence[str],
+        erase_from: str | Sequence[str | None] | None,
         trainable: Sequence[str] | Callable[[str], bool],
         negative_guidance: float,
         learning_rate: float,
@@ -135,10 +141,22 @@ class Training:
         self.optimizer = torch.optim.Adam(self.trained.values(), lr=learning_rate)
         self.negative_guidance = negative_guidance
 
+        self.pipe = pipe
+        self.words = [concept] if isinstance(concept, str) else list(concept)
+        one_for_all = erase_from is None or isinstance(erase_from, str)
+        self.origins = [erase_from] * len(self.words) if one_for_all else list(erase_from)
         self.null = encode(pipe, "", batch)
-        self.concept = encode(pipe, concept, batch)
-        self.erase_from = None if erase_from is None else encode(pipe, erase_from, batch)
+        self.choose([0] * batch)
         self.run = Run(start=self.snapshot())
+
+    def choose(self, rows: Sequence[int]) -> None:
+        """The word of each row. Among words that have an `erase_from` one that has none is its own."""
+        origins = [self.origins[k] for k in rows]
+        self.concept = torch.cat([encode(self.pipe, self.words[k], 1) for k in rows])
+        self.erase_from = None
+        if any(o is not None for o in self.origins):
+            texts = [self.words[k] if o is None else o for k, o in zip(rows, origins, strict=True)]
+            self.erase_from = torch.cat([encode(self.pipe, text, 1) for text in texts])
 
     def snapshot(self) -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in self.trained.items()}
@@ -181,12 +199,13 @@ class Training:
 
 def frozen_rollout_reference(
     pipe: Any,
-    concept: str,
+    concept: str | Sequence[str],
     *,
     noise: Sequence[Tensor],
     indices: Sequence[int],
     trainable: Sequence[str] | Callable[[str], bool],
-    erase_from: str | None = None,
+    erase_from: str | Sequence[str | None] | None = None,
+    which: Sequence[Sequence[int]] | None = None,
     negative_guidance: float = 2.0,
     guidance_scale: float = 3.0,
     num_inference_steps: int = 50,
@@ -203,10 +222,12 @@ def frozen_rollout_reference(
     train = Training(
         pipe, concept, erase_from, trainable, negative_guidance, learning_rate, len(noise[0])
     )
-    condition = train.concept if train.erase_from is None else train.erase_from
     scheduler = copy.deepcopy(pipe.scheduler)
 
-    for initial, index in zip(noise, indices, strict=True):
+    for k, (initial, index) in enumerate(zip(noise, indices, strict=True)):
+        if which is not None:
+            train.choose(which[k])
+        condition = train.concept if train.erase_from is None else train.erase_from
         scheduler.set_timesteps(num_inference_steps)
         timesteps = scheduler.timesteps
         if not 0 <= index < len(timesteps):
@@ -271,13 +292,14 @@ def ddim_step(
 
 def paper_ldm(
     pipe: Any,
-    concept: str,
+    concept: str | Sequence[str],
     *,
     noise: Sequence[Tensor],
     indices: Sequence[int],
     timesteps: Sequence[int | Tensor],
     trainable: Sequence[str] | Callable[[str], bool],
-    erase_from: str | None = None,
+    erase_from: str | Sequence[str | None] | None = None,
+    which: Sequence[Sequence[int]] | None = None,
     negative_guidance: float = 1.0,
     guidance_scale: float = 3.0,
     num_inference_steps: int = 50,
@@ -306,7 +328,9 @@ def paper_ldm(
     alphas_cumprod = compvis_alphas_cumprod(config)
     prediction_type = config.get("prediction_type", "epsilon")
 
-    for latents, i, t in zip(noise, indices, timesteps, strict=True):
+    for step, (latents, i, t) in enumerate(zip(noise, indices, timesteps, strict=True)):
+        if which is not None:
+            train.choose(which[step])
         t = torch.as_tensor(t).expand(len(latents))
         if not (
             0 <= i < num_inference_steps and ((stride * i <= t) & (t < stride * i + stride)).all()
@@ -339,12 +363,13 @@ def paper_ldm(
 
 def paper_diffusers(
     pipe: Any,
-    concept: str,
+    concept: str | Sequence[str],
     *,
     noise: Sequence[Tensor],
     indices: Sequence[int],
     trainable: Sequence[str] | Callable[[str], bool],
-    erase_from: str | None = None,
+    erase_from: str | Sequence[str | None] | None = None,
+    which: Sequence[Sequence[int]] | None = None,
     negative_guidance: float = 2.0,
     guidance_scale: float = 3.0,
     num_inference_steps: int = 50,
@@ -365,7 +390,9 @@ def paper_diffusers(
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     stride = scheduler.config.num_train_timesteps // num_inference_steps
 
-    for initial, i in zip(noise, indices, strict=True):
+    for k, (initial, i) in enumerate(zip(noise, indices, strict=True)):
+        if which is not None:
+            train.choose(which[k])
         if not 1 <= i <= num_inference_steps - 2:
             raise ValueError(f"index {i} is not in 1..{num_inference_steps - 2}")
         scheduler.set_timesteps(num_inference_steps)
@@ -379,6 +406,56 @@ def paper_diffusers(
 
         scheduler.set_timesteps(scheduler.config.num_train_timesteps)
         train.step(latents, latents, scheduler.timesteps[stride * i], anchor="null")
+
+    return train.finish()
+
+
+# ------------------------------------------------------------------------------------- 4. the package's own: `fast`
+
+
+def every_state(
+    pipe: Any,
+    concept: str | Sequence[str],
+    *,
+    noise: Sequence[Tensor],
+    which: Sequence[int],
+    batches: Sequence[Sequence[int]],
+    trainable: Sequence[str] | Callable[[str], bool],
+    erase_from: str | Sequence[str | None] | None = None,
+    negative_guidance: float = 2.0,
+    guidance_scale: float = 3.0,
+    num_inference_steps: int = 50,
+    learning_rate: float = 5e-5,
+) -> Run:
+    """Whole trajectories of the frozen UNet, each on its own word and alone; then batches of their states.
+
+    Trajectory n starts from noise[n], (1, 4, h, w), and belongs to word which[n]; with T timesteps in the scheduler's
+    list its states are numbers n T, ..., n T + T - 1. Optimizer step k trains on those in batches[k]; a row is asked
+    at its own timestep with its own word, and the loss is the mean over all of them.
+    """
+    train = Training(
+        pipe, concept, erase_from, trainable, negative_guidance, learning_rate, len(batches[0])
+    )
+    null, scheduler, states = train.null[:1], copy.deepcopy(pipe.scheduler), []
+    for latents, word in zip(noise, which, strict=True):
+        train.choose([word])
+        condition = train.concept if train.erase_from is None else train.erase_from
+        scheduler.set_timesteps(num_inference_steps)
+        latents = latents * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            model_input = scheduler.scale_model_input(latents, t)
+            states.append((model_input, t, word))
+            with torch.no_grad():
+                guided = predict_guided(
+                    train.teacher, model_input, t, null, condition, guidance_scale
+                )
+                latents = scheduler.step(guided, t, latents).prev_sample
+
+    for batch in batches:
+        inputs, timesteps, words = zip(*(states[n] for n in batch), strict=True)
+        train.choose(words)
+        model_input = torch.cat(inputs)
+        train.step(model_input, model_input, torch.stack(timesteps), anchor="concept")
 
     return train.finish()
 
