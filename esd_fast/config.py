@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from .demo import RECIPE, is_embedded
+from .demo import is_embedded
+from .demo import recipe as embedded_recipe
 from .optimizers import OPTIMIZERS, check_installed
 from .parameters import check_method
 from .prompts import clean_prompt
@@ -149,7 +150,11 @@ class EraseConfig:
             if name not in names:
                 raise ValueError(f"{name!r} is no setting; there are {', '.join(sorted(names))}")
         given = {k: v for k, v in overrides.items() if v is not None}
-        own = RECIPE if preset == "fast" and is_embedded(model) else {}
+        own = (
+            embedded_recipe(given.get("train_method"))
+            if preset == "fast" and is_embedded(model)
+            else {}
+        )
         settings = {**PRESETS[preset], **own, **given}
         made = cls(concept=concept, preset=preset, given=tuple({**own, **given}), **settings)
         if "iterations" in given or made.rollout == "student":
@@ -248,7 +253,7 @@ class EraseConfig:
 # The names of the field's recipes (where each number is from: the ESD paper and its scripts).
 PRESETS: dict[str, dict[str, Any]] = {
     # every state of a few full trajectories, each used once
-    "fast": {},  # the defaults; the embedded model has values of its own (demo.RECIPE)
+    "fast": {},  # the defaults; the embedded model has values of its own (demo.recipe)
     # the frozen-rollout script of 2025/26: a fresh rollout for every optimizer step
     "reference": {
         "iterations": 200,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from esd_fast.parameters import canonical_method
+
 # The preset `fast` on this model, chosen by small trials (README says how far): a model this small
 # needs, and bears, a larger learning rate than Stable Diffusion does.
 RECIPE: dict[str, Any] = {
@@ -20,6 +22,18 @@ RECIPE: dict[str, Any] = {
     "num_inference_steps": 10,
     "collect_batch_size": 2,  # more side by side is no faster on a CPU, and would be a run's peak
 }
+# ... and of other train methods, chosen by `benchmarks/erasure_table.py --sweep`
+BY_METHOD: dict[str, dict[str, Any]] = {
+    "esd-x": {"learning_rate": 1e-3},
+    "esd-u": {"learning_rate": 1e-4},
+}
+
+
+def recipe(train_method: object = None) -> dict[str, Any]:
+    """The values of the preset `fast` on this model, where `train_method` was asked for or none."""
+    if not isinstance(train_method, str):  # whatever else it is, is refused later
+        return RECIPE
+    return {**RECIPE, **BY_METHOD.get(canonical_method(train_method), {})}
 
 
 def model_path() -> Path:

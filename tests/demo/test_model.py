@@ -6,7 +6,8 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from esd_fast.demo import model_path, world
+from esd_fast.config import EraseConfig
+from esd_fast.demo import BY_METHOD, RECIPE, is_embedded, model_path, world
 from esd_fast.demo.judge import JUDGES, load_judge
 from esd_fast.evaluation.recognition import answer, erased_questions
 
@@ -74,13 +75,24 @@ def test_judges_are_built_differently():
 
 
 def test_a_live_embedded_pipeline_is_known_as_such(pipeline):
-    from esd_fast.config import EraseConfig
-    from esd_fast.demo import RECIPE, is_embedded
-
     assert is_embedded(pipeline)
     config = EraseConfig.from_preset("fast", "cat", pipeline)
     assert {name: getattr(config, name) for name in RECIPE} == RECIPE
     assert EraseConfig.from_preset("fast", "cat", "some/model").learning_rate == 5e-5
+
+
+@pytest.mark.parametrize(
+    ("asked", "rate"),
+    [
+        ({}, RECIPE["learning_rate"]),
+        ({"train_method": "esd-x-strict"}, RECIPE["learning_rate"]),
+        ({"train_method": "xattn"}, BY_METHOD["esd-x"]["learning_rate"]),  # an alias
+        ({"train_method": "esd-u"}, BY_METHOD["esd-u"]["learning_rate"]),
+        ({"train_method": "esd-u", "learning_rate": 7e-5}, 7e-5),
+    ],
+)
+def test_a_train_method_brings_its_own_recipe(asked, rate):
+    assert EraseConfig.from_preset("fast", "cat", **asked).learning_rate == rate
 
 
 def test_shipped_files_tell_no_builder_paths():
