@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .files import replacing
 from .live import check_held, plain_module
+from .moves import moves_of
 from .parameters import plain_parameters
 from .prompts import file_part, safe_name
 
@@ -134,19 +135,9 @@ class Erasure:
         return export(self, target, format, **settings)
 
     def moves(self, model: Any) -> list[dict[str, Any]]:
-        """How far each tensor moved on `model`, relative to what it was; the farthest first."""
-        original = self._originals.get(unet_of(model), {})
-        moves = [
-            {
-                "name": name,
-                "relative_move": float(
-                    (self.tensors[name] - before.cpu().float()).norm()
-                    / before.float().norm().cpu().clamp_min(1e-12)
-                ),
-            }
-            for name, before in original.items()
-        ]
-        return sorted(moves, key=lambda row: -row["relative_move"])
+        """How far each tensor moved on `model`, relative to what it was; the farthest first. What
+        the rows hold: `esd_fast.moves.move_of`."""
+        return moves_of(self.tensors, self._originals.get(unet_of(model), {}))
 
     def metadata(self) -> dict[str, str]:
         """The reference's keys, and the whole manifest as JSON."""

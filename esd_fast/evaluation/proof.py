@@ -11,6 +11,7 @@ import numpy as np
 from esd_fast.demo import world
 from esd_fast.generate import Shot, pictures, to_pil
 
+from .intervals import before_after
 from .pictures import GridRow
 from .recognition import Question, erased_questions, judged, kept_questions
 
@@ -87,20 +88,13 @@ class Proof:
         )
         n = len(self.erased)
 
-        def share(seen: Sequence[bool]) -> float:
-            return sum(seen) / len(seen)
-
         return {
             "erased": {
-                "before": share(was[:n]),
-                "after": share(now[:n]),
-                "images": n,
+                **before_after(was[:n], now[:n]),
                 "by_concept": by_concept(self.erased, was[:n], now[:n]),
             },
             "kept": {
-                "before": share(was[n:]),
-                "after": share(now[n:]),
-                "images": len(self.kept),
+                **before_after(was[n:], now[n:]),
                 "by_concept": by_concept(self.kept, was[n:], now[n:]),
             },
         }
@@ -108,15 +102,11 @@ class Proof:
 
 def by_concept(
     questions: Sequence[Question], was: Sequence[bool], now: Sequence[bool]
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     table = {}
     for concept in sorted({q.concept for q in questions}):
         rows = [i for i, q in enumerate(questions) if q.concept == concept]
-        table[concept] = {
-            "before": sum(was[i] for i in rows) / len(rows),
-            "after": sum(now[i] for i in rows) / len(rows),
-            "images": len(rows),
-        }
+        table[concept] = before_after([was[i] for i in rows], [now[i] for i in rows])
     return table
 
 

@@ -16,6 +16,7 @@ from esd_fast.demo import world
 from esd_fast.erasure import Erasure, fingerprint, unet_of
 from esd_fast.export.merge import was_trained_on
 from esd_fast.generate import Shot, pictures
+from esd_fast.moves import moves_of, together
 from esd_fast.parameters import plain_parameters, trainable_names
 
 from .key_kinds import what_it_is_for
@@ -261,16 +262,10 @@ def check_values(found: Verification, erasure: Erasure, weights: Mapping[str, Te
 
 
 def check_moves(found: Verification, erasure: Erasure, weights: Mapping[str, Tensor]) -> None:
-    layers = sorted(
-        (move_of(name, erasure.tensors[name], before) for name, before in weights.items()),
-        key=lambda row: -row["relative_move"],
-    )
-    count = sum(t.numel() for t in weights.values())
-    moved, kept = (sum(row[k] for row in layers) for k in ("moved", "moved_here"))
-    length = sum(row["length"] ** 2 for row in layers) ** 0.5
-    size = sum(row["size"] ** 2 for row in layers) ** 0.5
-    new_size = sum(row["new_size"] ** 2 for row in layers) ** 0.5
-    relative = length / max(size, 1e-12)
+    layers = moves_of(erasure.tensors, weights)
+    whole = together(layers)
+    count, moved, kept = (whole[k] for k in ("weights", "moved", "moved_here"))
+    size, new_size, relative = (whole[k] for k in ("size", "new_size", "relative_move"))
     dtype = short(next(iter(weights.values())).dtype)
     found.numbers["moves"] = {
         "relative_move": relative,
@@ -315,23 +310,6 @@ def check_moves(found: Verification, erasure: Erasure, weights: Mapping[str, Ten
             f"it moves {kept / count:.1%} of {count:,} weights, by {relative:.3%} of their size; "
             f"most in {layers[0]['name']} ({layers[0]['relative_move']:.3%}){note}",
         )
-
-
-def move_of(name: str, tensor: Tensor, before: Tensor) -> dict[str, Any]:
-    """`moved_here`: values that differ in the model's own dtype."""
-    after = tensor.to(before.device)
-    was = before.float()
-    change = after.float() - was
-    length, size = float(change.norm()), float(was.norm())
-    return {
-        "name": name,
-        "length": length,
-        "size": size,
-        "new_size": float(after.float().norm()),
-        "relative_move": length / max(size, 1e-12),
-        "moved": int(change.count_nonzero()),
-        "moved_here": int((after.to(before.dtype) != before).sum()),
-    }
 
 
 # --- what it was trained on ----------------------------------------------------------------------

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from esd_fast.moves import layer_of
 from esd_fast.tensor_files import Lazy, TensorFile, open_tensors
 
 from .base import COMPONENTS, Base, components_of, configs_of, open_base
@@ -140,18 +141,6 @@ def difference(name: str, a: torch.Tensor, b: torch.Tensor) -> Difference | None
     size = float(before.norm())
     moved = float(change.norm())
     return Difference(name, moved / size if size else float("inf"), float(change.abs().max()))
-
-
-def layer_of(name: str) -> str:
-    """The block or layer that a tensor belongs to, for a short table: the name to its first three
-    parts that are numbers or names of blocks."""
-    parts = name.split(".")
-    kept: list[str] = []
-    for part in parts[:-1]:
-        kept.append(part)
-        if sum(p.isdigit() for p in kept) == 2:
-            break
-    return ".".join(kept)
 
 
 def as_json(found: Comparison) -> dict[str, Any]:
