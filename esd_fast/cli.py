@@ -13,6 +13,8 @@ from .config import CHOICES, PRESETS
 from .export import FORMATS
 from .parameters import METHODS
 
+# evaluation/metrics.py has them; it would bring torch
+EVALUATION_METRICS = ("judge", "clip", "nudenet", "lpips", "fid", "kid")
 MODELS = "a diffusers folder, checkpoint file or hub id (default: embedded)"
 
 
@@ -44,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     add_train(commands)
     add_generate(commands)
+    add_eval(commands)
     add_verify(commands)
     add_export(commands)
     add_apply(commands)
@@ -194,11 +197,7 @@ def add_generate(commands: Any) -> None:
         "are accepted.",
     )
     generate.set_defaults(run=lazily("generate"))
-    what = generate.add_mutually_exclusive_group(required=True).add_argument
-    what("--prompt", action="append", metavar="PROMPT", help="repeatable")
-    what(
-        "--prompts", "--prompts_path", metavar="FILE", help="a prompt a line, or a CSV (see below)"
-    )
+    add_prompts(generate.add_mutually_exclusive_group(required=True).add_argument)
     say = generate.add_argument
     say(
         "--erasure",
@@ -209,6 +208,22 @@ def add_generate(commands: Any) -> None:
     )
     add_loading(say, MODELS, names=("--model", "--base_model"))
     say("--output", "--save_path", metavar="FOLDER", default="pictures", help="default: pictures")
+    add_drawing(say)
+    say("--no-grid", action="store_true", help="single files alone")
+    generate.epilog = (
+        "A CSV has a column `prompt`, and may have `evaluation_seed` and `case_number`; its "
+        "pictures are called CASE_SAMPLE.png, and samples start from the noises that the "
+        "reference's script draws. Further columns go into the pictures' metadata."
+    )
+
+
+def add_prompts(say: Callable[..., Any]) -> None:
+    say("--prompt", action="append", metavar="PROMPT", help="repeatable")
+    say("--prompts", "--prompts_path", metavar="FILE", help="a prompt a line, or a CSV (see below)")
+
+
+def add_drawing(say: Callable[..., Any]) -> None:
+    """How many pictures, which, and how they are drawn."""
     say("--overwrite", action="store_true", help="replace other pictures of the same names")
     say(
         "--images", "--num_samples", type=int, metavar="N", help="a prompt (default: 4; of a CSV 1)"
@@ -241,13 +256,43 @@ def add_generate(commands: Any) -> None:
     say("--resolution", "--image_size", type=int, metavar="PIXELS", help="default: the model's own")
     say("--batch-size", type=int, metavar="N", help="at a time (default: 64 (embedded), else 1)")
     say("--strength", type=float, default=1.0, metavar="X", help="of the erasures (default: 1)")
-    say("--no-grid", action="store_true", help="single files alone")
     say("--dtype", choices=CHOICES["dtype"], default="auto")
     say("--device", default="auto", metavar="DEVICE")
-    generate.epilog = (
-        "A CSV has a column `prompt`, and may have `evaluation_seed` and `case_number`; its "
-        "pictures are called CASE_SAMPLE.png, and samples start from the noises that the "
-        "reference's script draws. Further columns go into the pictures' metadata."
+
+
+def add_eval(commands: Any) -> None:
+    evaluate = commands.add_parser(
+        "eval",
+        help="measure what an erasure took, and what else",
+        description="Before against after: draws prompts with the model and with each erasure (or "
+        "takes the pictures that `generate` drew), asks every metric that is there, and writes "
+        "eval.json, eval.html and an interference matrix. Metrics that are not there are named with "
+        "what they lack. Of the embedded model it needs no prompts.",
+    )
+    evaluate.set_defaults(run=lazily("evaluate"))
+    say = evaluate.add_argument
+    say("erasures", nargs="*", metavar="ERASURE", help="delta files, or folders of runs")
+    say("--pictures", metavar="FOLDER", help="drawn by `generate`: nothing is loaded or drawn")
+    add_prompts(say)
+    add_loading(say, MODELS, names=("--model", "--base_model"))
+    say("--output", metavar="FOLDER", help="default: evaluation; with --pictures, that folder")
+    say("--object", action="append", metavar="NAME", help="a concept to look for; repeatable")
+    say("--style", action="append", metavar="NAME", help="of the other domain; repeatable")
+    say("--erased", action="append", metavar="NAME", help="default: what the erasures say")
+    say(
+        "--metric",
+        action="append",
+        choices=EVALUATION_METRICS,
+        help="repeatable (default: all that are there); fetches its weights",
+    )
+    say("--clip", metavar="MODEL", help="a CLIP's folder or hub id")
+    say("--nudenet-threshold", type=float, default=0.6, metavar="X", help="default: 0.6")
+    say("--inception", metavar="FILE", help="weights for FID and KID (default: torch.hub's)")
+    say("--reference", metavar="FOLDER", help="pictures for FID and KID (default: the model's own)")
+    add_drawing(say)
+    evaluate.epilog = (
+        "A picture asks for the concepts that its prompt names, or, of a CSV, for what its columns "
+        "`class` or `object`, `artist` or `style` say."
     )
 
 

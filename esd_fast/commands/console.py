@@ -58,6 +58,8 @@ UNITS = {
     "fit": "step",
     "draw after": "picture",
     "draw": "picture",
+    **dict.fromkeys(("judge", "clip", "nudenet"), "picture"),
+    **dict.fromkeys(("lpips", "fid", "kid"), "erasure"),
 }
 
 

@@ -58,13 +58,13 @@ def comparison_grid(
 ) -> Image.Image:
     """One row a prompt, one block a heading, one seed a column of each block."""
     if not rows:
-        return _notice(title, "no pictures")
+        return notice(title, "no pictures")
     tiles = [[[tile(p) for p in block] for block in row.blocks] for row in rows]
     layout = _GridLayout.of(tiles, len(headings), bool(title))
     canvas = Image.new("RGB", (layout.width, layout.height(len(rows))), WHITE)
     draw = ImageDraw.Draw(canvas)
     if title:
-        _title(draw, title, layout.margin, layout.margin, layout.width, layout.title_size)
+        picture_title(draw, title, layout.margin, layout.margin, layout.width, layout.title_size)
     for number, heading in enumerate(headings):
         _block_heading(draw, heading, layout.block_x(number), layout)
     for index, (row, blocks) in enumerate(zip(rows, tiles, strict=True)):
@@ -147,7 +147,7 @@ class _GridLayout:
 
 
 def _block_heading(draw: ImageDraw.ImageDraw, name: str, x: int, layout: _GridLayout) -> None:
-    font = _font(layout.text_size)
+    font = font_of(layout.text_size)
     for line in wrap(name, font, layout.block_width, 1):
         draw.text((x, layout.heading_y), line, fill=INK, font=font)
 
@@ -167,7 +167,7 @@ def _row_background(
 def _row_label(
     draw: ImageDraw.ImageDraw, label: str, note: str, y: int, layout: _GridLayout
 ) -> None:
-    font, small = _font(layout.text_size), _font(layout.px(13))
+    font, small = font_of(layout.text_size), font_of(layout.px(13))
     step = round(layout.text_size * 1.3)
     fitting = max(1, layout.cell[1] // step - 1)
     lines = wrap(label, font, layout.label_width, min(5, fitting)) or ["(empty prompt)"]
@@ -198,19 +198,19 @@ def loss_curve(losses: Sequence[float], title: str = "") -> Image.Image:
     values = np.asarray(losses, dtype=np.float64).reshape(-1)
     finite = np.isfinite(values)
     if not finite.any():
-        return _notice(title, "no finite loss was recorded" if values.size else "no loss recorded")
+        return notice(title, "no finite loss was recorded" if values.size else "no loss recorded")
     axis = _ValueAxis.of(values[finite])
     heights = axis.positions(values)  # 0 at the bottom, 1 at the top
-    widest = max((_font(24).getlength(label) for _, label in axis.ticks), default=0)
+    widest = max((font_of(24).getlength(label) for _, label in axis.ticks), default=0)
     box = (round(widest) + 52, 84 if title else 44, CURVE_SIZE[0] - 36, CURVE_SIZE[1] - 84)
     canvas = _curve_lines(heights, axis, box)
     draw = ImageDraw.Draw(canvas)
     if title:
-        _title(draw, title, 36, 24, CURVE_SIZE[0], 32)
+        picture_title(draw, title, 36, 24, CURVE_SIZE[0], 32)
     _curve_text(draw, axis, box, values.size)
     if lost := int(values.size - finite.sum()):
         note = f"{lost:,} of {values.size:,} values not finite"
-        draw.text((box[2], box[1] - 32), note, fill="#be123c", font=_font(24), anchor="ra")
+        draw.text((box[2], box[1] - 32), note, fill="#be123c", font=font_of(24), anchor="ra")
     return canvas
 
 
@@ -340,7 +340,7 @@ def _curve_text(
     draw: ImageDraw.ImageDraw, axis: _ValueAxis, box: tuple[int, int, int, int], count: int
 ) -> None:
     left, top, right, bottom = box
-    font = _font(24)
+    font = font_of(24)
     for place, label in axis.ticks:
         y = bottom - (place - axis.low) / (axis.high - axis.low) * (bottom - top)
         draw.text((left - 16, y), label, fill=MUTED, font=font, anchor="rm")
@@ -462,13 +462,13 @@ MISSING = "\uffff"  # a code point that no font has: draws the font's box
 
 
 @lru_cache(maxsize=64)
-def _font(size: int) -> Font:
+def font_of(size: int) -> Font:
     return cast(Font, ImageFont.load_default(size=size))
 
 
 @lru_cache(maxsize=4096)
 def _has_glyph(character: str) -> bool:
-    font = _font(24)
+    font = font_of(24)
     return bytes(font.getmask(character)) != bytes(font.getmask(MISSING))
 
 
@@ -514,18 +514,20 @@ def _fitting(text: str, font: Font, width: float) -> int:
     return low
 
 
-def _title(draw: ImageDraw.ImageDraw, title: str, x: int, y: int, width: int, size: int) -> None:
-    font = _font(size)
+def picture_title(
+    draw: ImageDraw.ImageDraw, title: str, x: int, y: int, width: int, size: int
+) -> None:
+    font = font_of(size)
     for line in wrap(title, font, width - 2 * x, 1):
         # Pillow ships one weight: a thin stroke of the same colour makes it semibold
         draw.text((x, y), line, fill=INK, font=font, stroke_width=size / 60, stroke_fill=INK)
 
 
-def _notice(title: str, message: str) -> Image.Image:
+def notice(title: str, message: str) -> Image.Image:
     canvas = Image.new("RGB", (800, 160), WHITE)
     draw = ImageDraw.Draw(canvas)
     draw.rectangle((0, 0, 799, 159), outline=HAIR)
     if title:
-        _title(draw, title, 18, 14, 800, 20)
-    draw.text((400, 84), message, fill=MUTED, font=_font(18), anchor="mm")
+        picture_title(draw, title, 18, 14, 800, 20)
+    draw.text((400, 84), message, fill=MUTED, font=font_of(18), anchor="mm")
     return canvas

@@ -13,13 +13,13 @@ from esd_fast.evaluation.pictures import (
     ERASED_BAND,
     ComparisonRow,
     GridRow,
-    _font,
     _linear_ticks,
     _log_ticks,
     _running_mean,
     before_after_grid,
     comparison_grid,
     drawable,
+    font_of,
     loss_curve,
     read_png_text,
     save_png,
@@ -148,7 +148,7 @@ def test_grid_without_rows_says_so():
 @pytest.mark.parametrize("text", AWKWARD)
 @pytest.mark.parametrize("width", [1, 40, 138])
 def test_wrap_keeps_to_width_and_lines(text, width):
-    font = _font(15)
+    font = font_of(15)
     lines = wrap(text, font, width, 4)
     assert len(lines) <= 4
     assert all(line.strip() for line in lines)
@@ -157,7 +157,7 @@ def test_wrap_keeps_to_width_and_lines(text, width):
 
 
 def test_wrap_breaks_between_words_and_says_what_it_cut():
-    font = _font(15)
+    font = font_of(15)
     text = "a flat style cat on a blue background"
     lines = wrap(text, font, 120, 5)
     assert " ".join(lines) == text
