@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     add_generate(commands)
     add_eval(commands)
     add_verify(commands)
+    add_attack(commands)
     add_export(commands)
     add_apply(commands)
     add_diff(commands)
@@ -328,6 +329,58 @@ def add_verify(commands: Any) -> None:
     say("--json", action="store_true", help="as JSON, with every layer")
     say("--dtype", choices=CHOICES["dtype"], default="auto")
     say("--device", default="auto", metavar="DEVICE")
+
+
+def add_attack(commands: Any) -> None:
+    attack = commands.add_parser(
+        "attack",
+        help="can an erased concept be brought back?",
+        description="Try to bring an erased concept back: paraphrases, a negated prompt, the concept "
+        "as negative prompt, and concept inversion, which learns a new token against the model from "
+        "a few pictures. Each on the model as it is and on the erased one. Writes a grid of "
+        "pictures, the learnt tokens (textual inversion files) and attack.json.",
+    )
+    attack.set_defaults(run=lazily("attack"))
+    attack.add_argument("erasure", metavar="ERASURE", help="a delta file or the folder of a run")
+    say = attack.add_argument
+    add_loading(say, MODELS)
+    say("--output", metavar="FOLDER", help="default: attack-CONCEPT")
+    say("--concept", metavar="CONCEPT", help="default: what the erasure says it erased")
+    say("--paraphrases", metavar="FILE", help="prompts to try, one a line, in place of ours")
+    say(
+        "--control",
+        metavar="CONCEPT",
+        help="one that is not erased, to show that inversion works (embedded: chosen)",
+    )
+    say("--images", type=int, metavar="N", help="of each attack (default: 4; embedded: 64)")
+    say("--seed", type=int, default=0, metavar="N", help="default: 0")
+    say("--num-inference-steps", type=int, default=15, metavar="N", help="default: 15")
+    say("--guidance-scale", type=float, metavar="X", help="default: 4 (embedded), else 7.5")
+    say("--resolution", type=int, metavar="PIXELS", help="default: the model's own")
+    say("--batch-size", type=int, metavar="N", help="drawn at a time (embedded: 64, else 1)")
+    say("--json", action="store_true", help="as JSON")
+    say("--dtype", choices=CHOICES["dtype"], default="auto")
+    say("--device", default="auto", metavar="DEVICE")
+    learn = attack.add_argument_group(
+        "concept inversion", "The names are those of diffusers' textual_inversion.py."
+    ).add_argument
+    learn(
+        "--train-data-dir",
+        "--train_data_dir",
+        metavar="FOLDER",
+        help="pictures of the concept (default: 16 that the model draws before)",
+    )
+    learn(
+        "--learnable-property",
+        "--learnable_property",
+        choices=("object", "style"),
+        default="object",
+        help="of models other than the embedded one (default: object)",
+    )
+    learn("--initializer-token", "--initializer_token", metavar="WORD", help="default: the mean")
+    learn("--max-train-steps", "--max_train_steps", type=int, default=200, metavar="N")
+    learn("--train-batch-size", "--train_batch_size", type=int, metavar="N")
+    learn("--learning-rate", "--learning_rate", type=float, default=1e-2, metavar="X")
 
 
 def add_export(commands: Any) -> None:

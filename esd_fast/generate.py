@@ -47,6 +47,7 @@ def pictures(
     guidance_scale: float = 4.0,
     resolution: int | None = None,
     batch_size: int = 64,
+    negative_prompt: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[np.ndarray]:
     """Yield (H, W, 3) uint8 for every shot, in order; `on_progress(done, total)` after a batch.
@@ -58,6 +59,7 @@ def pictures(
         noise, generators = start_noise(pipeline, batch, resolution)
         result = pipeline(
             prompt=[s.prompt for s in batch],
+            negative_prompt=None if negative_prompt is None else [negative_prompt] * len(batch),
             latents=noise.to(pipeline.unet.device, pipeline.unet.dtype),
             generator=generators,
             height=noise.shape[-2] * pipeline.vae_scale_factor,

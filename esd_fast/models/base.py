@@ -151,6 +151,12 @@ class Family(Protocol):
         pixels a side; warns of what a tokenizer's limit cuts off."""
         ...
 
+    def encode_with_gradient(
+        self, pipeline: Any, prompt: str | list[str], resolution: int
+    ) -> Conditioning:
+        """`encode`, for whoever trains what goes into a text encoder."""
+        ...
+
 
 @dataclass(frozen=True)
 class Model:

@@ -35,7 +35,15 @@ class StableDiffusion:
         return {}  # the presets are this family's
 
     @torch.no_grad()
-    def encode(self, pipeline: Any, prompt: str | list[str], resolution: int) -> Conditioning:  # noqa: ARG002
+    def encode(self, pipeline: Any, prompt: str | list[str], resolution: int) -> Conditioning:
+        return self.encode_with_gradient(pipeline, prompt, resolution)
+
+    def encode_with_gradient(
+        self,
+        pipeline: Any,
+        prompt: str | list[str],
+        resolution: int,  # noqa: ARG002
+    ) -> Conditioning:
         say_what_is_lost([pipeline.tokenizer], prompt)
         weight = next(pipeline.unet.parameters())  # unet.device and dtype look at every module
         with visiting(weight.device, pipeline.text_encoder):

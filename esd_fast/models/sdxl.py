@@ -46,6 +46,11 @@ class StableDiffusionXL:
 
     @torch.no_grad()
     def encode(self, pipeline: Any, prompt: str | list[str], resolution: int) -> Conditioning:
+        return self.encode_with_gradient(pipeline, prompt, resolution)
+
+    def encode_with_gradient(
+        self, pipeline: Any, prompt: str | list[str], resolution: int
+    ) -> Conditioning:
         """The empty prompt is encoded like any other: what the pipeline does with
         `negative_prompt=""`, and the public script's 2026 form everywhere. (Without a negative
         prompt the pipeline takes zeros where `force_zeros_for_empty_prompt` is set.)"""

@@ -1,0 +1,269 @@
+"""`esd-fast attack`: can an erased concept be brought back?"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from esd_fast.config import check_count, check_number, refuse
+from esd_fast.demo import world
+from esd_fast.pages import keep_pages
+from esd_fast.prompt_list import read_prompts
+from esd_fast.prompts import clean_prompt, safe_name
+
+from .console import Bars, quiet_libraries
+from .drawing import check_drawing, drawing_settings, place_of
+from .generate import check_erasures, output_folder
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from esd_fast.config import EraseConfig
+    from esd_fast.erasure import Erasure
+    from esd_fast.evaluation.pictures import ComparisonRow
+    from esd_fast.evaluation.resistance import Outcome, Resistance, Target, Tell
+    from esd_fast.models import Model
+
+IMAGES_EMBEDDED, IMAGES_OTHERS = 64, 4
+EXAMPLES, EXAMPLES_SEED = 16, 1_000_000  # what inversion learns from; seeds that no attack draws
+COLUMNS = 6
+
+
+def attack(arguments: argparse.Namespace) -> int:
+    """Exit code 0, whatever comes back."""
+    place = checked(arguments)
+    keep_pages()
+    quiet_libraries()
+    from esd_fast.erasure import load
+    from esd_fast.evaluation.resistance import comparison_rows
+    from esd_fast.models import load_model
+
+    erasure = load(arguments.erasure, place.allow_pickle)
+    concept = concept_of(arguments, erasure)
+    folder = output_folder(arguments.output or f"attack-{safe_name(concept)}")
+    model = load_model(arguments.model, place)
+    check_erasures([(Path(arguments.erasure), erasure)], model)
+    resistance = resistance_of(arguments, model)
+    model.pipeline.to(model.device)
+    bars = Bars()
+    tell = None if arguments.json else bars.show
+    outcomes: list[Outcome] = []
+    rows: list[ComparisonRow] = []
+    try:
+        for target in targets_of(arguments, model, concept, resistance, tell):
+            found = resistance.measure(model, erasure, target, tell)
+            outcomes += found
+            rows += comparison_rows(target, found, COLUMNS)
+    finally:
+        bars.close()
+    told = as_dict(arguments, concept, resistance, outcomes)
+    write(folder, told, rows, outcomes)
+    print(json.dumps(told, indent=1) if arguments.json else as_text(told, folder))
+    return 0
+
+
+# --- what the arguments say ----------------------------------------------------------------------
+
+
+def checked(arguments: argparse.Namespace) -> EraseConfig:
+    """The settings that loading needs; raises ValueError or FileNotFoundError for a bad argument.
+    Prompts of `--paraphrases` are read."""
+    if not Path(arguments.erasure).exists():
+        raise FileNotFoundError(f"erasure {arguments.erasure!r} does not exist")
+    check_drawing(arguments)
+    for name in ("images", "max_train_steps", "train_batch_size"):
+        if getattr(arguments, name) is not None:
+            check_count("--" + name.replace("_", "-"), getattr(arguments, name))
+    check_number("--learning-rate", arguments.learning_rate, above=0.0)
+    for name in ("concept", "control"):
+        if getattr(arguments, name) is not None:
+            setattr(arguments, name, clean_prompt(f"--{name}", getattr(arguments, name)))
+    if arguments.paraphrases is not None:
+        arguments.paraphrases = [case.prompt for case in read_prompts(arguments.paraphrases)]
+    if arguments.train_data_dir is not None and not picture_files(arguments.train_data_dir):
+        refuse("--train-data-dir", arguments.train_data_dir, "a folder with pictures in it")
+    return place_of(arguments)
+
+
+def concept_of(arguments: argparse.Namespace, erasure: Erasure) -> str:
+    """Raises ValueError where neither the file nor `--concept` says it."""
+    from esd_fast.evaluation.verification import concept_of as said_by
+
+    said = arguments.concept or said_by(erasure)
+    if not said:
+        raise ValueError(f"{arguments.erasure} does not say what it erased; say --concept")
+    return str(said)
+
+
+def resistance_of(arguments: argparse.Namespace, model: Model) -> Resistance:
+    from esd_fast.evaluation.inversion import InversionConfig
+    from esd_fast.evaluation.resistance import Resistance
+
+    embedded = model.source == "embedded"
+    return Resistance(
+        arguments.images or (IMAGES_EMBEDDED if embedded else IMAGES_OTHERS),
+        arguments.seed,
+        drawing_settings(arguments, model),
+        InversionConfig(
+            arguments.max_train_steps,
+            arguments.train_batch_size or (8 if embedded else 1),
+            arguments.learning_rate,
+            arguments.initializer_token,
+            arguments.seed,
+        ),
+    )
+
+
+def targets_of(
+    arguments: argparse.Namespace,
+    model: Model,
+    concept: str,
+    resistance: Resistance,
+    tell: Tell | None,
+) -> Iterator[Target]:
+    """The concept, then one that nobody erased: there inversion has to work, before and after."""
+    from esd_fast.evaluation.attacks import attacks_on
+    from esd_fast.evaluation.resistance import EmbeddedJudge, Target
+
+    def target(text: str, folder: str | None, paraphrases: Sequence[str] = ()) -> Target:
+        known = world.named_in(text) if model.source == "embedded" else None
+        attacks = attacks_on(text, known, arguments.learnable_property, paraphrases)
+        if folder is not None:
+            examples = read_pictures(folder, arguments.resolution or model.native_resolution)
+        else:
+            prompts = attacks[0].prompts
+            examples = resistance.drawn(model, prompts, None, tell, EXAMPLES, EXAMPLES_SEED)
+        return Target(tuple(attacks), examples, EmbeddedJudge(known) if known else None)
+
+    yield target(concept, arguments.train_data_dir, arguments.paraphrases or ())
+    control = arguments.control or control_for(model, concept)
+    if control:
+        of_control = target(control, None)
+        inversion = next(a for a in of_control.attacks if a.learned)
+        named = dataclasses.replace(inversion, name=f"control: inversion of {control!r}")
+        yield dataclasses.replace(of_control, attacks=(named,))
+
+
+def control_for(model: Model, concept: str) -> str | None:
+    """On the embedded model another object or style; elsewhere none unless it is said."""
+    known = world.named_in(concept) if model.source == "embedded" else None
+    if known is None:
+        return None
+    if known in world.STYLES:
+        return "sepia style" if known != "sepia" else "ink style"
+    return "dog" if known != "dog" else "banana"
+
+
+def picture_files(folder: str) -> list[Path]:
+    from PIL import Image
+
+    known = Image.registered_extensions()
+    return sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in known)
+
+
+def read_pictures(folder: str, side: int) -> np.ndarray:
+    """(N, side, side, 3) uint8: each scaled to `side` at its shorter side, the middle of it. Raises
+    ValueError naming a file that is no picture."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    read = []
+    for file in picture_files(folder):
+        try:
+            with Image.open(file) as picture:
+                whole = ImageOps.exif_transpose(picture).convert("RGB")
+        except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises
+            raise ValueError(f"{file} is no picture: {error}") from None
+        read.append(np.asarray(ImageOps.fit(whole, (side, side), Image.Resampling.LANCZOS)))
+    return np.stack(read)
+
+
+# --- the result ----------------------------------------------------------------------------------
+
+
+def as_dict(
+    arguments: argparse.Namespace,
+    concept: str,
+    resistance: Resistance,
+    outcomes: Sequence[Outcome],
+) -> dict[str, Any]:
+    recognisers = {o.recogniser for o in outcomes if o.recogniser}
+    return {
+        "erasure": arguments.erasure,
+        "model": arguments.model or "embedded",
+        "concept": concept,
+        "recogniser": " and ".join(sorted(recognisers)) or None,
+        "images": resistance.images,
+        "seed": resistance.seed,
+        "drawing": {k: v for k, v in resistance.settings.items() if k != "batch_size"},
+        "inversion": dataclasses.asdict(resistance.inversion),
+        "attacks": [
+            {
+                "attack": o.attack.name,
+                "prompts": o.attack.prompts,
+                "negative_prompt": o.attack.negative_prompt,
+                "before": rate_of(o.seen_before),
+                "after": rate_of(o.seen_after),
+            }
+            for o in outcomes
+        ],
+    }
+
+
+def rate_of(seen: Sequence[bool] | None) -> dict[str, Any] | None:
+    """How often the concept was recognised, with Wilson's interval; None where nobody looked."""
+    from esd_fast.evaluation.report import wilson_interval
+
+    if seen is None:
+        return None
+    low, high = wilson_interval(sum(seen), len(seen))
+    return {"recognised": sum(seen), "images": len(seen), "rate": sum(seen) / len(seen)} | {
+        "low": low,
+        "high": high,
+    }
+
+
+def as_text(told: dict[str, Any], folder: Path) -> str:
+    judge = told["recogniser"]
+    lines = [f"does {told['concept']!r} come back? {told['erasure']} on {told['model']}"]
+    if judge is None:
+        lines.append("  nobody here recognises it, so no rate is claimed: look at the pictures")
+    else:
+        lines.append(f"  recognised by {judge} in {told['images']} pictures each (95% interval):")
+        lines.append(f"  {'':<34}{'before':<20}after")
+        for row in told["attacks"]:
+            was, now = (shown(row[k]) for k in ("before", "after"))
+            lines.append(f"  {row['attack']:<34}{was:<20}{now}")
+    return "\n".join([*lines, f"  pictures and learnt tokens: {folder}"])
+
+
+def shown(rate: dict[str, Any]) -> str:
+    return f"{rate['rate']:4.0%} ({rate['low']:.0%} to {rate['high']:.0%})"
+
+
+def write(
+    folder: Path,
+    told: dict[str, Any],
+    rows: Sequence[ComparisonRow],
+    outcomes: Sequence[Outcome],
+) -> None:
+    """The grid, attack.json, the learnt tokens; single pictures where nobody counted them."""
+    from esd_fast.evaluation import write_atomically
+    from esd_fast.evaluation.pictures import comparison_grid, save_png
+    from esd_fast.generate import to_pil
+
+    save_png(comparison_grid(rows, ("before", "after")), folder / "attack.png")
+    write_atomically(folder / "attack.json", (json.dumps(told, indent=1) + "\n").encode())
+    for outcome in outcomes:
+        name = safe_name(outcome.attack.name)
+        for when, token in zip(("before", "after"), outcome.tokens, strict=False):
+            token.save(folder / f"{name}-{when}.safetensors")
+        if outcome.seen_after is None:
+            for when, drawn in (("before", outcome.before), ("after", outcome.after)):
+                (folder / when).mkdir(exist_ok=True)
+                for i, picture in enumerate(drawn):
+                    save_png(to_pil(picture), folder / when / f"{name}-{i}.png")
