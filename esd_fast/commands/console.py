@@ -60,6 +60,7 @@ UNITS = {
     "draw": "picture",
     **dict.fromkeys(("judge", "clip", "nudenet"), "picture"),
     **dict.fromkeys(("lpips", "fid", "kid"), "erasure"),
+    "invert": "step",
 }
 
 
