@@ -129,6 +129,13 @@ def add_train(commands: Any) -> None:
         help="scheduler steps of a trajectory",
     )
     say("--keep-vocabulary", type=float, metavar="X", help="hold to other words' meaning; 0: off")
+    say(
+        "--harden",
+        type=int,
+        default=0,
+        metavar="N",
+        help="rounds of concept inversion whose tokens are erased as well (default: 0)",
+    )
     say("--collect-batch-size", type=int, metavar="N", help="trajectories side by side")
     say("--vram", metavar="SIZE", help="memory to fit, such as 8GB (default: what is free)")
     say("--checkpointing", choices=CHOICES["checkpointing"], help="default: as --vram demands")

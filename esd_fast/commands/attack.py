@@ -43,8 +43,8 @@ def attack(arguments: argparse.Namespace) -> int:
     from esd_fast.models import load_model
 
     erasure = load(arguments.erasure, place.allow_pickle)
-    concept = concept_of(arguments, erasure)
-    folder = output_folder(arguments.output or f"attack-{safe_name(concept)}")
+    concepts = concepts_of(arguments, erasure)
+    folder = output_folder(arguments.output or f"attack-{safe_name(', '.join(concepts))}")
     model = load_model(arguments.model, place)
     check_erasures([(Path(arguments.erasure), erasure)], model)
     resistance = resistance_of(arguments, model)
@@ -54,13 +54,13 @@ def attack(arguments: argparse.Namespace) -> int:
     outcomes: list[Outcome] = []
     rows: list[ComparisonRow] = []
     try:
-        for target in targets_of(arguments, model, concept, resistance, tell):
+        for target in targets_of(arguments, model, concepts, resistance, tell):
             found = resistance.measure(model, erasure, target, tell)
             outcomes += found
             rows += comparison_rows(target, found, COLUMNS)
     finally:
         bars.close()
-    told = as_dict(arguments, concept, resistance, outcomes)
+    told = as_dict(arguments, concepts, resistance, outcomes)
     write(folder, told, rows, outcomes)
     print(json.dumps(told, indent=1) if arguments.json else as_text(told, folder))
     return 0
@@ -89,14 +89,14 @@ def checked(arguments: argparse.Namespace) -> EraseConfig:
     return place_of(arguments)
 
 
-def concept_of(arguments: argparse.Namespace, erasure: Erasure) -> str:
-    """Raises ValueError where neither the file nor `--concept` says it."""
-    from esd_fast.evaluation.verification import concept_of as said_by
+def concepts_of(arguments: argparse.Namespace, erasure: Erasure) -> list[str]:
+    """Raises ValueError where neither the file nor `--concept` says them."""
+    from esd_fast.evaluation.verification import concepts_of as said_by
 
-    said = arguments.concept or said_by(erasure)
-    if not said:
+    said = [arguments.concept] if arguments.concept else said_by(erasure)
+    if not all(said):
         raise ValueError(f"{arguments.erasure} does not say what it erased; say --concept")
-    return str(said)
+    return said
 
 
 def resistance_of(arguments: argparse.Namespace, model: Model) -> Resistance:
@@ -121,11 +121,11 @@ def resistance_of(arguments: argparse.Namespace, model: Model) -> Resistance:
 def targets_of(
     arguments: argparse.Namespace,
     model: Model,
-    concept: str,
+    concepts: Sequence[str],
     resistance: Resistance,
     tell: Tell | None,
 ) -> Iterator[Target]:
-    """The concept, then one that nobody erased: there inversion has to work, before and after."""
+    """Each concept, then one that nobody erased: there inversion has to work, before and after."""
     from esd_fast.evaluation.attacks import attacks_on
     from esd_fast.evaluation.resistance import EmbeddedJudge, Target
 
@@ -137,25 +137,26 @@ def targets_of(
         else:
             prompts = attacks[0].prompts
             examples = resistance.drawn(model, prompts, None, tell, EXAMPLES, EXAMPLES_SEED)
-        return Target(tuple(attacks), examples, EmbeddedJudge(known) if known else None)
+        return Target(text, tuple(attacks), examples, EmbeddedJudge(known) if known else None)
 
-    yield target(concept, arguments.train_data_dir, arguments.paraphrases or ())
-    control = arguments.control or control_for(model, concept)
+    for concept in concepts:
+        yield target(concept, arguments.train_data_dir, arguments.paraphrases or ())
+    control = arguments.control or control_for(model, concepts)
     if control:
         of_control = target(control, None)
         inversion = next(a for a in of_control.attacks if a.learned)
-        named = dataclasses.replace(inversion, name=f"control: inversion of {control!r}")
+        named = dataclasses.replace(inversion, name="control: concept inversion")
         yield dataclasses.replace(of_control, attacks=(named,))
 
 
-def control_for(model: Model, concept: str) -> str | None:
+def control_for(model: Model, concepts: Sequence[str]) -> str | None:
     """On the embedded model another object or style; elsewhere none unless it is said."""
-    known = world.named_in(concept) if model.source == "embedded" else None
-    if known is None:
+    known = world.all_named_in(concepts) if model.source == "embedded" else []
+    if not known:
         return None
-    if known in world.STYLES:
-        return "sepia style" if known != "sepia" else "ink style"
-    return "dog" if known != "dog" else "banana"
+    choice = ("sepia", "ink") if known[0] in world.STYLES else ("dog", "banana")
+    control = next((c for c in choice if c not in known), None)
+    return f"{control} style" if control in world.STYLES else control
 
 
 def picture_files(folder: str) -> list[Path]:
@@ -187,7 +188,7 @@ def read_pictures(folder: str, side: int) -> np.ndarray:
 
 def as_dict(
     arguments: argparse.Namespace,
-    concept: str,
+    concepts: Sequence[str],
     resistance: Resistance,
     outcomes: Sequence[Outcome],
 ) -> dict[str, Any]:
@@ -195,7 +196,7 @@ def as_dict(
     return {
         "erasure": arguments.erasure,
         "model": arguments.model or "embedded",
-        "concept": concept,
+        "concepts": list(concepts),
         "recogniser": " and ".join(sorted(recognisers)) or None,
         "images": resistance.images,
         "seed": resistance.seed,
@@ -203,6 +204,7 @@ def as_dict(
         "inversion": dataclasses.asdict(resistance.inversion),
         "attacks": [
             {
+                "concept": o.concept,
                 "attack": o.attack.name,
                 "prompts": o.attack.prompts,
                 "negative_prompt": o.attack.negative_prompt,
@@ -229,15 +231,15 @@ def rate_of(seen: Sequence[bool] | None) -> dict[str, Any] | None:
 
 def as_text(told: dict[str, Any], folder: Path) -> str:
     judge = told["recogniser"]
-    lines = [f"does {told['concept']!r} come back? {told['erasure']} on {told['model']}"]
+    lines = [f"{told['erasure']} on {told['model']}: does it come back?"]
     if judge is None:
         lines.append("  nobody here recognises it, so no rate is claimed: look at the pictures")
     else:
         lines.append(f"  recognised by {judge} in {told['images']} pictures each (95% interval):")
-        lines.append(f"  {'':<34}{'before':<20}after")
+        lines.append(f"  {'':<14}{'':<28}{'before':<21}after")
         for row in told["attacks"]:
             was, now = (shown(row[k]) for k in ("before", "after"))
-            lines.append(f"  {row['attack']:<34}{was:<20}{now}")
+            lines.append(f"  {row['concept']:<14}{row['attack']:<28}{was:<21}{now}")
     return "\n".join([*lines, f"  pictures and learnt tokens: {folder}"])
 
 
@@ -259,7 +261,7 @@ def write(
     save_png(comparison_grid(rows, ("before", "after")), folder / "attack.png")
     write_atomically(folder / "attack.json", (json.dumps(told, indent=1) + "\n").encode())
     for outcome in outcomes:
-        name = safe_name(outcome.attack.name)
+        name = safe_name(f"{outcome.concept} {outcome.attack.name}")
         for when, token in zip(("before", "after"), outcome.tokens, strict=False):
             token.save(folder / f"{name}-{when}.safetensors")
         if outcome.seen_after is None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esd_fast.config import EraseConfig
+from esd_fast.config import EraseConfig, refuse
 from esd_fast.files import check_target
 from esd_fast.pages import keep_pages
 from esd_fast.parameters import canonical_method
@@ -35,12 +35,14 @@ def train(arguments: argparse.Namespace) -> int:
     for note in translated(arguments):
         print(f"note: {note}", file=sys.stderr)
     config = config_of(arguments)
+    if arguments.harden < 0:
+        refuse("--harden", arguments.harden, "a whole number from 0 (rounds of hardening; 0: none)")
     delta = delta_place(arguments, config)
     folder = output_folder(arguments.output, config, arguments.overwrite)
     keep_pages()
     bars = Bars()
     quiet_libraries()
-    from esd_fast.esd import EraseInterrupted, run
+    from esd_fast.esd import EraseInterrupted
     from esd_fast.evaluation.proof import proof_for
     from esd_fast.models import load_model
 
@@ -53,9 +55,7 @@ def train(arguments: argparse.Namespace) -> int:
     drawn = time.time() - started
     interrupted = False
     try:
-        erasure = run(
-            model, config, on_progress=lambda p: bars.show(p.phase, p.done, p.total, p.loss)
-        )
+        erasure = erased(model, config, arguments.harden, bars)
     except EraseInterrupted as interruption:
         erasure, interrupted = interruption.erasure, True
     finally:
@@ -82,6 +82,22 @@ def train(arguments: argparse.Namespace) -> int:
     page = write_report(folder, report)
     print(summary(report, page))
     return 0
+
+
+def erased(model: Model, config: EraseConfig, rounds: int, bars: Bars) -> Erasure:
+    from esd_fast.esd import Progress, run
+    from esd_fast.hardening import drawn_adversary, harden
+
+    def tell(progress: Progress) -> None:
+        bars.show(progress.phase, progress.done, progress.total, progress.loss)
+
+    if not rounds:
+        return run(model, config, on_progress=tell)
+    adversaries = [
+        drawn_adversary(model, text, resolution=config.resolution, on_progress=bars.drawing("draw"))
+        for text in config.concepts
+    ]
+    return harden(model, config, rounds, adversaries, on_progress=tell)
 
 
 def process_start() -> float:

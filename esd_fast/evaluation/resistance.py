@@ -57,6 +57,7 @@ class EmbeddedJudge:
 class Target:
     """What is to come back: by which attacks, learnt from what, seen by whom."""
 
+    concept: str
     attacks: tuple[Attack, ...]
     examples: np.ndarray
     """(N, H, W, 3) uint8 that show it: what inversion learns from."""
@@ -67,6 +68,7 @@ class Target:
 class Outcome:
     """An attack before and after; `seen` None where there was nobody to recognise anything."""
 
+    concept: str
     attack: Attack
     before: np.ndarray  # (N, H, W, 3) uint8
     after: np.ndarray
@@ -99,6 +101,7 @@ class Resistance:
         judge = target.recogniser
         return [
             Outcome(
+                target.concept,
                 attack,
                 was,
                 now,
@@ -178,7 +181,7 @@ def comparison_rows(
     for outcome in outcomes:
         if outcome.tokens:
             learnt_from = [to_pil(p) for p in target.examples[:columns]]
-            rows.append(ComparisonRow("learnt from", "", (learnt_from, [])))
+            rows.append(ComparisonRow(f"{outcome.concept}: learnt from", "", (learnt_from, [])))
         both = [[to_pil(p) for p in d[:columns]] for d in (outcome.before, outcome.after)]
         rows.append(ComparisonRow(outcome.attack.name, note_of(outcome), both))
     return rows
