@@ -29,7 +29,7 @@ from esd_fast.evaluation.inversion import InversionConfig
 from esd_fast.evaluation.recognition import Question, erased_questions, kept_questions
 from esd_fast.evaluation.report import wilson_interval
 from esd_fast.evaluation.resistance import EmbeddedJudge, Resistance, seen_by
-from esd_fast.hardening import drawn_adversary, harden
+from esd_fast.hardening import SEED, drawn_adversary, harden
 from esd_fast.models import Model, load_model
 from esd_fast.pages import keep_pages
 
@@ -41,13 +41,14 @@ RECIPES: dict[str, dict[str, Any]] = {
     "fast, esd-x": {"train_method": "esd-x"},
     "fast, hardened": {"harden": 2},
 }
-ERASED, KEPT, EXAMPLES = 32, 120, 16
+ERASED, KEPT, EXAMPLES = 24, 96, 16
 RESISTANCE = Resistance(
-    images=32,
+    images=24,
     seed=0,
-    settings={"num_inference_steps": 10, "guidance_scale": 4.0, "batch_size": 32},
-    inversion=InversionConfig(steps=120),
+    settings={"num_inference_steps": 10, "guidance_scale": 4.0, "batch_size": 24},
+    inversion=InversionConfig(steps=100),
 )
+HARDENING = InversionConfig(steps=100, seed=SEED)
 EXAMPLES_SEED = 1_000_000
 
 
@@ -62,7 +63,7 @@ def measure(concept: str, recipe: str, seed: int) -> dict[str, Any]:
     started, erasure = time.perf_counter(), None
     if recipe != "base":
         erasure = (
-            harden(model, config, rounds, [drawn_adversary(model, text)])
+            harden(model, config, rounds, [drawn_adversary(model, text)], HARDENING)
             if rounds
             else run(model, config)
         )
@@ -171,7 +172,8 @@ def main() -> None:
     file = arguments.file
     rows = erasure_table.read_rows(file) if file.exists() else []
     have = {(r["concept"], r["recipe"], r["seed"]) for r in rows}
-    jobs = [(c, r, arguments.seed) for c in arguments.concepts for r in arguments.recipes]
+    # a recipe after the other: what was stopped has whole columns
+    jobs = [(c, r, arguments.seed) for r in arguments.recipes for c in arguments.concepts]
     for job in tqdm([job for job in jobs if job not in have], desc="runs"):
         rows.append(measure(*job))
         with file.open("a") as opened:

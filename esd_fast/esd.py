@@ -31,7 +31,8 @@ from .vocabulary import filters_for
 class Progress:
     """What is told while it happens: `done` of `total` UNet passes or optimizer steps."""
 
-    phase: str  # "collect" or "fit"; a student's rollouts are part of "fit"
+    # "collect" or "fit"; a student's rollouts are part of "fit"; hardening has "invert" between
+    phase: str
     done: int
     total: int
     loss: float | None = None

@@ -11,12 +11,12 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .demo import world
-from .esd import EraseInterrupted, run
+from .esd import EraseInterrupted, Progress, run
 from .evaluation.attacks import OBJECT, attacks_on
 from .evaluation.inversion import InversionConfig, LearnedToken, invert
 from .evaluation.placeholder import Placeholder
@@ -50,10 +50,11 @@ def harden(
     rounds: int,
     adversaries: Sequence[Adversary],
     inversion: InversionConfig | None = None,
-    **told: Callable[..., Any],
+    *,
+    on_progress: Callable[[Progress], None] | None = None,
 ) -> Erasure:
-    """`run` with `rounds` rounds of hardening; `config.iterations` are for each thing that is
-    erased. `told`: `on_progress` and `on_step`, as `run` takes them.
+    """`run` with `rounds` rounds of hardening, an adversary for each concept; `config.iterations`
+    of the first run are taken again for each token.
 
     The manifest's "hardening" says rounds, seconds, UNet passes, and each round's inversion loss.
     Raises as `run` does; EraseInterrupted has the last round's erasure.
@@ -62,12 +63,12 @@ def harden(
     started, passes = time.perf_counter(), 0
     losses: list[list[float]] = []
     extra: list[Conditioning] = []
-    erasure = run(model, config, **told)
+    erasure = run(model, config, on_progress=on_progress)
     for number in range(rounds):
         passes += erasure.manifest["unet_passes"]["total"]
         seeded = dataclasses.replace(inversion, seed=inversion.seed + number)
         try:
-            found = [learnt(model, a, seeded) for a in adversaries]
+            found = [learnt(model, a, seeded, on_progress) for a in adversaries]
         except KeyboardInterrupt:
             raise EraseInterrupted(erasure) from None
         finally:
@@ -78,7 +79,7 @@ def harden(
         longer = dataclasses.replace(
             config, iterations=config.iterations * (1 + len(extra) // len(config.concepts))
         )
-        erasure = run(model, longer, extra=extra, **told)
+        erasure = run(model, longer, extra=extra, on_progress=on_progress)
     erasure.manifest["hardening"] = {
         "rounds": rounds,
         "inversion": dataclasses.asdict(inversion),
@@ -90,11 +91,19 @@ def harden(
 
 
 def learnt(
-    model: Model, adversary: Adversary, config: InversionConfig
+    model: Model,
+    adversary: Adversary,
+    config: InversionConfig,
+    on_progress: Callable[[Progress], None] | None = None,
 ) -> tuple[LearnedToken, Conditioning]:
     """A token that works on `model` as it is, and the prompt (1, ...) with it."""
+
+    def tell(step: int, loss: float) -> None:
+        if on_progress:
+            on_progress(Progress("invert", step + 1, config.steps, loss))
+
     placeholder = Placeholder.beside(model.pipeline, adversary.templates)
-    token = invert(model, adversary.examples, adversary.templates, placeholder, config)
+    token = invert(model, adversary.examples, adversary.templates, placeholder, config, tell)
     prompt = adversary.templates[-1].format(placeholder.word)
     vectors = {name: vector.to(model.device) for name, vector in token.vectors.items()}
     resolution = adversary.examples.shape[1]
