@@ -60,14 +60,14 @@ def measure(concept: str, recipe: str, seed: int) -> dict[str, Any]:
     model = load_model(None, config)
     attacks = attacks_on(text, concept)
     examples = RESISTANCE.drawn(model, attacks[0].prompts, None, None, EXAMPLES, EXAMPLES_SEED)
-    started, erasure = time.perf_counter(), None
+    started, erasure = time.process_time(), None  # other work on the core does not count
     if recipe != "base":
         erasure = (
             harden(model, config, rounds, [drawn_adversary(model, text)], HARDENING)
             if rounds
             else run(model, config)
         )
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     judge = EmbeddedJudge(concept)
     found = {}
     for attack in attacks:
@@ -114,7 +114,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """A line a concept and recipe, then the median concept of each recipe."""
     names = list(rows[0]["attacks"])[1:]
     lines = [
-        "| erased | recipe | seconds | passes | UA | IRA | CRA | " + " | ".join(names) + " |",
+        "| erased | recipe | CPU seconds | passes | UA | IRA | CRA | " + " | ".join(names) + " |",
         "|---" * (7 + len(names)) + "|",
     ]
     for concept in dict.fromkeys(r["concept"] for r in rows):

@@ -105,9 +105,8 @@ def learnt(
     placeholder = Placeholder.beside(model.pipeline, adversary.templates)
     token = invert(model, adversary.examples, adversary.templates, placeholder, config, tell)
     prompt = adversary.templates[-1].format(placeholder.word)
-    vectors = {name: vector.to(model.device) for name, vector in token.vectors.items()}
     resolution = adversary.examples.shape[1]
-    with placeholder.meaning(model.pipeline, vectors):
+    with placeholder.meaning(model.pipeline, token.vectors):
         return token, model.family.encode(model.pipeline, prompt, resolution)
 
 

@@ -50,7 +50,13 @@ def attack(arguments: argparse.Namespace) -> int:
     resistance = resistance_of(arguments, model)
     model.pipeline.to(model.device)
     bars = Bars()
-    tell = None if arguments.json else bars.show
+
+    def show(phase: str, done: int, total: int) -> None:
+        bars.show(phase, done, total)
+        if done == total:
+            bars.close()  # the next attack's bar is a new one
+
+    tell = None if arguments.json else show
     outcomes: list[Outcome] = []
     rows: list[ComparisonRow] = []
     try:

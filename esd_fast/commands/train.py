@@ -220,6 +220,12 @@ def summary(report: dict[str, Any], page: Path) -> str:
             f"all in all {seconds['total']:.0f} s"
         )
     ]
+    if "hardening" in report:
+        told = report["hardening"]
+        lines.append(
+            f"  that was the last of {told['rounds']} rounds of hardening; all of it: "
+            f"{told['unet_passes']} UNet passes, {told['seconds']:.1f} s"
+        )
     for kind in ("erased", "kept"):
         if kind in report:
             rate = report[kind]

@@ -118,7 +118,10 @@ def invert(
             )
             loss = denoising_loss(model, scheduler, x0, noise, timesteps, question)
             if not loss.isfinite():
-                raise RuntimeError(f"concept inversion: the loss is {loss.item()} at step {step}")
+                raise RuntimeError(
+                    f"concept inversion: the loss is {loss.item()} at step {step} in "
+                    f"{str(model.dtype).removeprefix('torch.')}; try dtype float32"
+                )
             gradients = torch.autograd.grad(loss, list(vectors.values()))
             for vector, gradient in zip(vectors.values(), gradients, strict=True):
                 vector.grad = gradient

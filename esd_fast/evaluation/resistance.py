@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Tell = Callable[[str, int, int], None]  # what is done, how much of it, of how much
 
 
-class Recogniser(Protocol):
+class ConceptRecogniser(Protocol):
     """Whoever says in which pictures a concept is to be seen."""
 
     name: str
@@ -61,7 +61,7 @@ class Target:
     attacks: tuple[Attack, ...]
     examples: np.ndarray
     """(N, H, W, 3) uint8 that show it: what inversion learns from."""
-    recogniser: Recogniser | None = None
+    recogniser: ConceptRecogniser | None = None
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,7 @@ class Resistance:
             (lambda step, _: tell("invert", step + 1, steps)) if tell else None,
         )
         prompts = [template.format(placeholder.word) for template in attack.prompts]
-        vectors = {name: v.to(model.device) for name, v in token.vectors.items()}
-        with placeholder.meaning(model.pipeline, vectors):
+        with placeholder.meaning(model.pipeline, token.vectors):
             return self.drawn(model, prompts, None, tell), token
 
     def drawn(
@@ -156,7 +155,7 @@ class Resistance:
         return np.stack(list(stream))
 
 
-def seen_by(recogniser: Recogniser | None, drawn: np.ndarray) -> tuple[bool, ...] | None:
+def seen_by(recogniser: ConceptRecogniser | None, drawn: np.ndarray) -> tuple[bool, ...] | None:
     return None if recogniser is None else tuple(map(bool, recogniser.recognise(drawn)))
 
 
