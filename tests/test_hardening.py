@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,10 +10,13 @@ import torch
 
 import esd_fast
 from esd_fast.cli import main
+from esd_fast.commands import train as command
+from esd_fast.commands.console import Bars
 from esd_fast.config import EraseConfig
 from esd_fast.esd import EraseInterrupted, Progress, run
 from esd_fast.evaluation.inversion import InversionConfig, invert
 from esd_fast.evaluation.placeholder import Placeholder
+from esd_fast.evaluation.resistance import EmbeddedJudge
 from esd_fast.hardening import Adversary, harden
 from esd_fast.models import load_model
 
@@ -86,6 +90,24 @@ def test_what_was_erased_is_there_when_inversion_is_stopped() -> None:
     plain = run(load_model(pipelines.pipeline(), CONFIG), CONFIG)
     kept = stopped.value.erasure
     assert all(torch.equal(t, kept.tensors[n]) for n, t in plain.tensors.items())
+
+
+def test_the_command_draws_its_adversaries_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = EraseConfig.from_preset("fast", ["cat", "ink style"], None)
+    asked: dict[str, Any] = {}
+
+    def noted(_: Any, __: Any, rounds: int, adversaries: Any, **___: Any) -> None:
+        asked.update(rounds=rounds, adversaries=adversaries)
+
+    monkeypatch.setattr("esd_fast.hardening.harden", noted)
+    command.erased(load_model(None, config), config, 2, Bars())
+    cat, ink = asked["adversaries"]
+    assert asked["rounds"] == 2
+    assert cat.templates[-1] == "a picture of a {}"
+    assert ink.templates[-1] == "a picture in {} style"
+    for concept, adversary in (("cat", cat), ("ink", ink)):
+        assert adversary.examples.shape == (16, 64, 64, 3)
+        assert sum(EmbeddedJudge(concept).recognise(adversary.examples)) >= 14
 
 
 def test_bad_rounds_are_refused(
