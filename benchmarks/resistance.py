@@ -40,6 +40,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "fast": {},
     "fast, esd-x": {"train_method": "esd-x"},
     "fast, hardened": {"harden": 2},
+    "fast, esd-x, hardened": {"train_method": "esd-x", "harden": 2},
 }
 ERASED, KEPT, EXAMPLES = 24, 96, 16
 RESISTANCE = Resistance(
