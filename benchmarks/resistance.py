@@ -25,9 +25,9 @@ from esd_fast.demo import world
 from esd_fast.erasure import Erasure
 from esd_fast.esd import run
 from esd_fast.evaluation.attacks import attacks_on
+from esd_fast.evaluation.intervals import wilson_interval
 from esd_fast.evaluation.inversion import InversionConfig
 from esd_fast.evaluation.recognition import Question, erased_questions, kept_questions
-from esd_fast.evaluation.report import wilson_interval
 from esd_fast.evaluation.resistance import EmbeddedJudge, Resistance, seen_by
 from esd_fast.hardening import SEED, drawn_adversary, harden
 from esd_fast.models import Model, load_model

@@ -224,7 +224,7 @@ def as_dict(
 
 def rate_of(seen: Sequence[bool] | None) -> dict[str, Any] | None:
     """How often the concept was recognised, with Wilson's interval; None where nobody looked."""
-    from esd_fast.evaluation.report import wilson_interval
+    from esd_fast.evaluation.intervals import wilson_interval
 
     if seen is None:
         return None
