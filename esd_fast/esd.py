@@ -206,8 +206,8 @@ def encode_prompts(
 
     if extra and len(set(config.sources)) > 1:
         raise ValueError(f"erase_from is {config.erase_from!r}; with extra it must be one for all")
-    concepts = [*map(encoded, config.concepts), *extra]
-    prompts = {"null": encoded(""), "concept": Conditioning.joined(concepts)}
+    null, concepts = encoded(""), [*map(encoded, config.concepts), *extra]
+    prompts = {"null": null, "concept": Conditioning.joined(concepts)}
     if config.erase_from is not None:
         sources = [*config.sources, *(config.sources[0] for _ in extra)]
         # a concept without one is its own: the same target as with anchor "concept"
