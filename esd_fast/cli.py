@@ -70,7 +70,7 @@ def add_train(commands: Any) -> None:
     )
     train.set_defaults(run=lazily("train"))
     say = train.add_argument
-    what = train.add_mutually_exclusive_group(required=True).add_argument
+    what = train.add_mutually_exclusive_group().add_argument  # --resume says it as well
     what(
         "--concept",
         "--erase_concept",
@@ -98,6 +98,17 @@ def add_train(commands: Any) -> None:
     add_loading(say, MODELS)
     say("--output", metavar="FOLDER", help="where results go (default: erased-CONCEPT)")
     say("--overwrite", action="store_true", help="replace the results of an earlier run there")
+    say(
+        "--checkpoint-every",
+        type=int,
+        metavar="N",
+        help="steps after which the run's state is kept (default: on Ctrl-C and SIGTERM alone)",
+    )
+    say(
+        "--resume",
+        metavar="FOLDER",
+        help="go on with the unfinished run there, with its settings, to the same result",
+    )
     say("--preset", choices=list(PRESETS), help="recipe (default: fast; with --prompt: paper)")
     say(
         "--method",

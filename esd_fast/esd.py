@@ -7,7 +7,8 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,14 +18,19 @@ from .engine import engaged, layout_for
 from .erasure import Erasure, fingerprint, versions
 from .fit import FitStep, Fitter, NonFiniteLoss, shuffled
 from .graphed_steps import RunGraphs
+from .interrupts import sigterm_interrupts
 from .live import onloading
 from .models import Conditioning, Model, PromptSet, load_model
 from .objective import Objective
 from .optimizers import described, make_optimizer
 from .parameters import TrainableSubset, canonical_method, only_trainable, trainable_names
 from .plan import Rollout, plan_rollouts
+from .run_state import Checkpoints, Identity, Keeper, RunState, newest_state
 from .schedules import scheduler_for
 from .vocabulary import filters_for
+
+if TYPE_CHECKING:
+    import os
 
 
 @dataclass(frozen=True)
@@ -39,11 +45,13 @@ class Progress:
 
 
 class EraseInterrupted(KeyboardInterrupt):
-    """Ctrl-C came; `erasure` is the work so far, the model holds its own weights again."""
+    """Ctrl-C came; `erasure` is the work so far, the model holds its own weights again.
+    `checkpoint`: the file that `resume` goes on from, where one was asked for and written."""
 
-    def __init__(self, erasure: Erasure) -> None:
+    def __init__(self, erasure: Erasure, checkpoint: Path | None = None) -> None:
         super().__init__("interrupted")
         self.erasure = erasure
+        self.checkpoint = checkpoint
 
 
 def erase(
@@ -53,18 +61,36 @@ def erase(
     preset: str = "fast",
     on_progress: Callable[[Progress], None] | None = None,
     on_step: Callable[[FitStep], None] | None = None,
+    checkpoints: str | os.PathLike[str] | None = None,
+    checkpoint_every: int | None = None,
+    resume: str | os.PathLike[str] | None = None,
     **settings: Any,
 ) -> Erasure:
     """Erase `concept`, or all of a list, from `model`; a live pipeline is left erased.
 
     `model`: a diffusers pipeline, a diffusers folder, a hub id, a single file in the original
     layout (.safetensors, .ckpt), or None for the embedded model.
-    `settings`: any field of EraseConfig. Raises ValueError for a bad value before anything is
-    loaded, EraseInterrupted on Ctrl-C in training, NonFiniteLoss where training went wrong; in
-    the last two the model is as it was.
+    `settings`: any field of EraseConfig. `checkpoints`: a folder for the state of the unfinished
+    run, kept on Ctrl-C and SIGTERM, and after every `checkpoint_every` steps; `resume`: such a
+    folder, or a file of it, to go on from, with the same model and settings, to the same result
+    as without a stop (further checkpoints go there too). Raises ValueError for a bad value before
+    anything is loaded, EraseInterrupted on Ctrl-C in training, NonFiniteLoss where training went
+    wrong, CheckpointError where the folder cannot be written to; in the last three the model is
+    as it was.
     """
     config = EraseConfig.from_preset(preset, concept, model, **settings)
-    return run(load_model(model, config), config, on_progress=on_progress, on_step=on_step)
+    state = None if resume is None else newest_state(resume)
+    if resume is not None and checkpoints is None:
+        checkpoints = resume if Path(resume).is_dir() else Path(resume).parent
+    kept = Checkpoints.of(checkpoints, checkpoint_every, state)
+    return run(
+        load_model(model, config),
+        config,
+        checkpoints=kept,
+        resume=state,
+        on_progress=on_progress,
+        on_step=on_step,
+    )
 
 
 @onloading
@@ -78,6 +104,8 @@ def run(
     rollouts: list[Rollout] | None = None,
     words: list[str] | None = None,
     graphs: RunGraphs | None = None,
+    checkpoints: Checkpoints | None = None,
+    resume: RunState | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     on_step: Callable[[FitStep], None] | None = None,
 ) -> Erasure:
@@ -85,9 +113,16 @@ def run(
     each on the model's device and in its dtype, treated like one more concept: numbered after
     them, and erased from the same prompt. `config.iterations` is for all together. `rollouts`
     replaces the plan drawn from the seed, `words` the tokenizer's own, which `keep_vocabulary`
-    holds to, `graphs` what `cuda_graphs` chooses."""
-    started = time.perf_counter()
+    holds to, `graphs` what `cuda_graphs` chooses. `resume`: the state of such a run to go on
+    from; ValueError where it is of another."""
+    started = time.perf_counter() - (resume.seconds["total"] if resume else 0.0)
     config = config.with_recipe(model.family)
+    checkpoints = checkpoints or Checkpoints()
+    identity = None
+    if resume or checkpoints.folder:
+        identity = Identity.of(model, config, extra, rollouts, words)
+        if resume:
+            resume.check(identity)
     names = trainable_names(model.unet, config.train_method, model.family.name)
     shape = model.latent_shape(config.resolution)
     scheduler = scheduler_for(model.pipeline.scheduler, config)
@@ -127,24 +162,34 @@ def run(
         watched=on_step is not None,
     )
     paths = {"scheduler": teacher.scheduler_path(rollouts)}
-    noted = Noted(started, len(extra), held_to, paths, graphs)
+    noted = Noted(started, len(extra), held_to, paths, graphs, resume.stops if resume else [])
     collecting = passes_of(config, teacher, rollouts)
     meter = Meter(on_progress or (lambda _: None), collecting)
+    keeper = Keeper(checkpoints, identity, resume, subset, fitter, started, meter.seconds)
     passes = collecting + 2 * config.iterations * config.batch_size  # forward and backward
 
     finished = False
     try:
         with (
+            sigterm_interrupts(checkpoints.folder is not None),
             only_trainable(model.unet, subset),
             engaged(model, layout, shape[1:], passes) as engine_paths,
         ):
             noted.paths.update(engine_paths)
             if prompts.concepts > 1:
                 noted.paths["prompt_projections"] += "; fit: anew, as batches mix concepts"
-            together = layout.collect_batch_size
-            for samples in training_batches(config, together, teacher, rollouts, subset, meter):
-                step = fitter.step(samples)
+            samples = keeper.restored()
+            taken = len(fitter.losses)
+            if resume:
+                done = rollouts if samples is not None else rollouts[:taken]
+                meter.resumed(passes_of(config, teacher, done), taken, config)
+            if samples is None and config.rollout == "frozen":
+                samples = collected(config, layout.collect_batch_size, teacher, rollouts, meter)
+                keeper.collected(samples)
+            for batch in training_batches(config, samples, teacher, rollouts, subset, meter, taken):
+                step = fitter.step(batch)
                 meter.fitted(step, config)
+                keeper.stepped()
                 if on_step:
                     on_step(step)
         erasure = finish(model, config, subset, fitter, meter, noted, interrupted=False)
@@ -152,40 +197,50 @@ def run(
         return erasure
     except KeyboardInterrupt:
         erasure = finish(model, config, subset, fitter, meter, noted, interrupted=True)
-        raise EraseInterrupted(erasure) from None
+        raise EraseInterrupted(erasure, keeper.interrupted()) from None
     finally:
         graphs.release()
         if not finished:
             subset.restore()
 
 
-def training_batches(
+def collected(
     config: EraseConfig,
     collect_batch_size: int,
     teacher: Teacher,
     rollouts: list[Rollout],
+    meter: Meter,
+) -> TeacherSamples:
+    """What a frozen UNet's trajectories give, all of it before the first step."""
+    if config.samples == "all":
+        together = chunked(rollouts, collect_batch_size)
+        parts = [collect_all(teacher, rollout, meter.collected) for rollout in together]
+    else:
+        parts = [collect_last(teacher, rollout, meter.collected) for rollout in rollouts]
+    teacher.finished_collecting()
+    return TeacherSamples.join(parts).map(torch.Tensor.contiguous)
+
+
+def training_batches(
+    config: EraseConfig,
+    samples: TeacherSamples | None,
+    teacher: Teacher,
+    rollouts: list[Rollout],
     subset: TrainableSubset,
     meter: Meter,
+    taken: int,
 ) -> Iterator[TeacherSamples]:
-    """One batch for every optimizer step, as the policies want them."""
-    if config.samples == "all":  # frozen UNet: everything first, then in shuffled order
-        samples = TeacherSamples.join(  # the parts are held by nobody: they go once joined
-            [
-                collect_all(teacher, together, meter.collected)
-                for together in chunked(rollouts, collect_batch_size)
-            ]
-        )
-        teacher.finished_collecting()
-        order = shuffled(len(samples), config.seed)
-        for first in range(0, config.iterations * config.batch_size, config.batch_size):
-            yield samples[order[first : first + config.batch_size]]
-    elif config.rollout == "frozen":  # nothing depends on the student: everything first
-        frozen = [collect_last(teacher, rollout, meter.collected) for rollout in rollouts]
-        teacher.finished_collecting()
-        yield from frozen
-    else:  # the student as it is now rolls out; its teacher is swapped in for the questions
-        for rollout in rollouts:
+    """One batch for every optimizer step but the first `taken`, as the policies want them."""
+    if samples is None:  # the student as it is now rolls out; its teacher answers
+        for rollout in rollouts[taken:]:
             yield collect_last(teacher, rollout, meter.collected, frozen=subset.teacher)
+        return
+    # every state of a trajectory in shuffled order; last ones as they were drawn
+    order = shuffled(len(samples), config.seed) if config.samples == "all" else None
+    size = config.batch_size
+    for first in range(taken * size, config.iterations * size, size):
+        rows = slice(first, first + size)
+        yield samples[rows if order is None else order[rows]]
 
 
 def rolled_prompt(config: EraseConfig) -> str:
@@ -244,6 +299,7 @@ class Noted:
     words: int  # that updates were held to
     paths: dict[str, str]  # how the UNet and the scheduler were run
     graphs: RunGraphs
+    resumed_at: list[int]  # the steps that it was stopped after, and gone on from
 
 
 class Meter:
@@ -253,6 +309,11 @@ class Meter:
         self.tell, self.collect_total = tell, collect_total
         self.passes = {"collect": 0, "fit": 0}
         self.seconds = {"collect": 0.0, "fit": 0.0}
+        self.last = time.perf_counter()
+
+    def resumed(self, collected: int, taken: int, config: EraseConfig) -> None:
+        """An earlier run collected by so many passes, and took so many steps."""
+        self.passes = {"collect": collected, "fit": 2 * taken * config.batch_size}
         self.last = time.perf_counter()
 
     def collected(self, passes: int) -> None:
@@ -312,6 +373,7 @@ def finish(
         "resolution": config.resolution or model.native_resolution,
         "seed": config.seed,
         "interrupted": interrupted,
+        **({"resumed_at": noted.resumed_at} if noted.resumed_at else {}),
         "losses": list(fitter.losses),
         "skipped_steps": fitter.skipped,
         "seconds": {"total": time.perf_counter() - noted.started, **meter.seconds},

@@ -10,6 +10,7 @@ import torch
 
 from . import ops
 from .collect import predict_noise
+from .interrupts import held_back
 
 if TYPE_CHECKING:
     from .collect import TeacherSamples
@@ -68,7 +69,7 @@ class Fitter:
         """Forward, loss and its gradient in one kernel, backward, optimizer.
 
         Raises NonFiniteLoss before any weight has moved; also after MOST_SKIPS skipped steps in
-        a row, where no scale helps.
+        a row, where no scale helps. Interrupted, the step is taken as a whole or not at all.
         """
         loss, student = self.backward(samples)
         value = loss.item()
@@ -79,10 +80,11 @@ class Fitter:
                 f"{self.optimizer.param_groups[0]['lr']:g}, or dtype float32"
             )
         scale = self.scaler.get_scale()
-        self.update()
-        skipped = self.scaler.get_scale() < scale
-        self.losses.append(value)
-        self.count_skipped(skipped)
+        with held_back():
+            self.update()
+            skipped = self.scaler.get_scale() < scale
+            self.losses.append(value)
+            self.count_skipped(skipped)
         return FitStep(len(self.losses) - 1, value, samples, student, skipped)
 
     def backward(self, samples: TeacherSamples) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -24,28 +25,36 @@ from .reference_flags import reference_file, translated
 if TYPE_CHECKING:
     from esd_fast.erasure import Erasure
     from esd_fast.models import Model
+    from esd_fast.run_state import Checkpoints, RunState
 
 COLUMNS_EMBEDDED, COLUMNS_GPU = 6, 3
 KEEP_PROMPTS = ("a photo of a dog", "a house by a lake", "a portrait of a woman")
 
 
 def train(arguments: argparse.Namespace) -> int:
-    """Exit code 0; 130 after Ctrl-C, with the work so far saved."""
+    """Exit code 0; 130 after Ctrl-C or SIGTERM, with the work so far saved."""
     started = process_start()
     for note in translated(arguments):
         print(f"note: {note}", file=sys.stderr)
-    config = config_of(arguments)
+    resume = state_to_resume(arguments)
+    config = config_of(arguments, resume)
     if arguments.harden < 0:
         refuse("--harden", arguments.harden, "a whole number from 0 (rounds of hardening; 0: none)")
+    if arguments.harden and (resume or arguments.checkpoint_every is not None):
+        refuse("--harden", arguments.harden, "0 with checkpoints: its several runs are not resumed")
     delta = delta_place(arguments, config)
-    folder = output_folder(arguments.output, config, arguments.overwrite)
+    folder = output_folder(arguments.output, config, arguments.overwrite or resume is not None)
     keep_pages()
     bars = Bars()
     quiet_libraries()
     from esd_fast.esd import EraseInterrupted
     from esd_fast.evaluation.proof import proof_for
     from esd_fast.models import load_model
+    from esd_fast.run_state import Checkpoints, forget_checkpoints
 
+    if resume is None:
+        forget_checkpoints(folder)  # --overwrite was said
+    checkpoints = Checkpoints.of(folder, arguments.checkpoint_every, resume)
     model = load_model(arguments.model, config)
     config = config.with_recipe(model.family)
     loaded = time.time() - started
@@ -53,20 +62,24 @@ def train(arguments: argparse.Namespace) -> int:
     proof = proof_for(model, config, columns, arguments.keep_prompt or KEEP_PROMPTS)
     before = proof.draw(model.pipeline, bars.drawing("draw before"))
     drawn = time.time() - started
-    interrupted = False
+    interruption = None
     try:
-        erasure = erased(model, config, arguments.harden, bars)
-    except EraseInterrupted as interruption:
-        erasure, interrupted = interruption.erasure, True
+        erasure = erased(model, config, arguments.harden, bars, checkpoints, resume)
+    except EraseInterrupted as caught:
+        erasure, interruption = caught.erasure, caught
     finally:
         bars.close()
     save(erasure, folder)
     if delta:
         erasure.save(delta)
-    if interrupted:
+    if interruption:
         done = len(erasure.manifest["losses"])
         print(f"interrupted after {done} of {config.iterations} steps; saved in {folder}")
+        if interruption.checkpoint:
+            again = "" if done or config.rollout == "student" else ", collecting again"
+            print(f"  esd-fast train --resume {shlex.quote(str(folder))} goes on{again}")
         return 130
+    forget_checkpoints(folder)  # the result is there
     trained = time.time() - started
     after = proof.draw(model.pipeline, bars.drawing("draw after"))
     bars.close()
@@ -84,7 +97,15 @@ def train(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def erased(model: Model, config: EraseConfig, rounds: int, bars: Bars) -> Erasure:
+def erased(
+    model: Model,
+    config: EraseConfig,
+    rounds: int,
+    bars: Bars,
+    checkpoints: Checkpoints,
+    resume: RunState | None,
+) -> Erasure:
+    """Hardening, which is several runs, leaves no checkpoints."""
     from esd_fast.esd import Progress, run
     from esd_fast.hardening import drawn_adversary, harden
 
@@ -92,7 +113,7 @@ def erased(model: Model, config: EraseConfig, rounds: int, bars: Bars) -> Erasur
         bars.show(progress.phase, progress.done, progress.total, progress.loss)
 
     if not rounds:
-        return run(model, config, on_progress=tell)
+        return run(model, config, checkpoints=checkpoints, resume=resume, on_progress=tell)
     adversaries = [
         drawn_adversary(model, text, resolution=config.resolution, on_progress=bars.drawing("draw"))
         for text in config.concepts
@@ -112,15 +133,44 @@ def process_start() -> float:
     return time.time() - (uptime - ticks / os.sysconf("SC_CLK_TCK"))
 
 
-def config_of(arguments: argparse.Namespace) -> EraseConfig:
-    """Every field of EraseConfig that the command line gives."""
+def state_to_resume(arguments: argparse.Namespace) -> RunState | None:
+    """With --resume: the newest whole checkpoint. Model and output are then its run's."""
+    if arguments.resume is None:
+        if not (arguments.concept or arguments.concepts_file):
+            raise ValueError("what to erase is missing: --concept, --concepts-file or --prompt")
+        return None
+    from esd_fast.run_state import newest_state
+
+    place = Path(arguments.resume)
+    folder = place if place.is_dir() else place.parent
+    if arguments.output is not None and Path(arguments.output).resolve() != folder.resolve():
+        raise ValueError(
+            f"--output is {arguments.output!r}; with --resume results go to {str(folder)!r}"
+        )
+    state = newest_state(place)
+    arguments.output = str(folder)
+    if arguments.model is None and state.identity.model != "embedded":
+        arguments.model = state.identity.model
+    print(f"going on from step {state.step}", file=sys.stderr)
+    return state
+
+
+def config_of(arguments: argparse.Namespace, resume: RunState | None = None) -> EraseConfig:
+    """Every field of EraseConfig that the command line gives; over those of a resumed run, which
+    are compared where the run begins."""
     names = {f.name for f in dataclasses.fields(EraseConfig)} - {"concept", "preset"}
     given = {n: getattr(arguments, n) for n in names if hasattr(arguments, n)}
     concepts = arguments.concept
     if arguments.concepts_file is not None:
         concepts = [case.prompt for case in read_prompts(arguments.concepts_file)]
-    if given["erase_from"] is not None and len(concepts) > 1:  # "" leaves one out
+    if given["erase_from"] is not None and concepts and len(concepts) > 1:  # "" leaves one out
         given["erase_from"] = [text or None for text in given["erase_from"]]
+    if resume is not None:
+        from esd_fast.run_state import config_in
+
+        given |= {"concept": concepts, "preset": arguments.preset}
+        said = {name: value for name, value in given.items() if value is not None}
+        return dataclasses.replace(config_in(resume), **said)
     return EraseConfig.from_preset(arguments.preset or "fast", concepts, arguments.model, **given)
 
 
@@ -155,7 +205,10 @@ def output_folder(output: str | None, config: EraseConfig, overwrite: bool) -> P
     else:
         folder = Path(output)
         if holds_results(folder) and not overwrite:
-            raise FileExistsError(f"{folder} holds the results of a run; --overwrite replaces them")
+            unfinished = f"--resume {folder} goes on with it, " if holds_checkpoints(folder) else ""
+            raise FileExistsError(
+                f"{folder} holds the results of a run; {unfinished}--overwrite replaces them"
+            )
     folder.mkdir(parents=True, exist_ok=True)
     trial = folder / ".esd-fast-writable"
     trial.write_text("")
@@ -164,7 +217,11 @@ def output_folder(output: str | None, config: EraseConfig, overwrite: bool) -> P
 
 
 def holds_results(folder: Path) -> bool:
-    return any(folder.glob("esd-*.safetensors"))
+    return any(folder.glob("esd-*.safetensors")) or holds_checkpoints(folder)
+
+
+def holds_checkpoints(folder: Path) -> bool:
+    return any(folder.glob("checkpoint-*.safetensors"))
 
 
 def columns_of(asked: int | None, model: Model) -> int:

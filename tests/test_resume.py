@@ -1,0 +1,353 @@
+"""A run that was stopped, anywhere and by anything, goes on to the bits of one that was not."""
+
+import errno
+import json
+import os
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import esd_fast
+from esd_fast import EraseInterrupted, Progress, tensor_files
+from esd_fast.erasure import Erasure
+from esd_fast.run_state import STATE_KEY, CheckpointError, checkpoints_in, newest_state
+
+from . import pipelines
+from .pipelines import assert_same_weights, same_bits
+
+one_thread = pipelines.one_thread
+SHORT: dict[str, Any] = {
+    "iterations": 5,
+    "num_inference_steps": 4,
+    "learning_rate": 1e-3,
+    "batch_size": 2,
+}
+POLICIES: dict[str, dict[str, Any]] = {
+    "fast": {},
+    "reference": {"preset": "reference"},
+    "paper": {"preset": "paper"},
+    "paper-diffusers": {"preset": "paper-diffusers"},
+    "concepts": {"concept": ["cat", "red apple"], "concept_weights": [1.0, 0.5]},
+    "concepts-paper": {"concept": ["cat", "red apple"], "preset": "paper"},
+    "erase-from": {"erase_from": "a fish", "max_grad_norm": 0.1},
+    "keep-vocabulary": {"keep_vocabulary": 1.0},
+}
+
+
+def erase(folder: Path | None = None, pipe: Any = None, **settings: Any) -> Erasure:
+    chosen = {"concept": "cat", "preset": "fast", **SHORT, **settings}
+    return esd_fast.erase(pipe or pipelines.pipeline(), checkpoints=folder, **chosen)
+
+
+def stopping_at(step: int) -> Any:
+    def stop(taken: Any) -> None:
+        if taken.iteration + 1 == step:
+            raise KeyboardInterrupt
+
+    return stop
+
+
+def stopped(folder: Path, step: int, **settings: Any) -> EraseInterrupted:
+    with pytest.raises(EraseInterrupted) as interrupted:
+        erase(folder, on_step=stopping_at(step), **settings)
+    return interrupted.value
+
+
+def assert_same(ours: Erasure, truth: Erasure) -> None:
+    assert ours.tensors.keys() == truth.tensors.keys()
+    assert all(same_bits(t, truth.tensors[n]) for n, t in ours.tensors.items())
+    for told in ("losses", "unet_passes", "skipped_steps"):
+        assert ours.manifest[told] == truth.manifest[told]
+    assert ours.manifest["interrupted"] is False
+
+
+# --------------------------------------------------------------------------------- N + M steps are N+M straight
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_each_policy(policy: str, tmp_path: Path) -> None:
+    settings, step = POLICIES[policy], 3
+    interruption = stopped(tmp_path, step, **settings)
+    assert interruption.checkpoint == tmp_path / f"checkpoint-{step:08d}.safetensors"
+    assert len(interruption.erasure.manifest["losses"]) == step
+    ours = erase(resume=tmp_path, **settings)
+    assert_same(ours, erase(**settings))
+    assert ours.manifest["resumed_at"] == [step]
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "adam8bit", "adamw8bit"])
+@pytest.mark.parametrize("method", ["esd-x", "esd-u"])
+def test_each_optimizer(name: str, method: str, tmp_path: Path) -> None:
+    """esd-u: convolutions too, whose moments lie as their weights do."""
+    if name.endswith("8bit"):
+        pytest.importorskip("bitsandbytes", reason="the extra bitsandbytes is not installed")
+    settings = {"optimizer": name, "train_method": method}
+    stopped(tmp_path, 3, **settings)
+    ours = erase(resume=tmp_path, **settings)
+    assert_same(ours, erase(**settings))
+    fresh = erase(**settings | {"optimizer": "adam", "iterations": 2})
+    assert fresh.manifest["losses"] != ours.manifest["losses"][3:]  # as if nothing were resumed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("preset", ["fast", "paper"])
+def test_weights_of_less_than_their_masters(
+    dtype: torch.dtype, preset: str, tmp_path: Path
+) -> None:
+    def run(folder: Path | None = None, **more: Any) -> Erasure:
+        pipe = pipelines.pipeline(dtype=dtype)
+        return erase(folder, pipe, preset=preset, **more)
+
+    with pytest.raises(EraseInterrupted):
+        run(tmp_path, on_step=stopping_at(2))
+    assert_same(run(resume=tmp_path), run())
+
+
+def test_the_loss_scale_and_its_skipped_steps(tmp_path: Path) -> None:
+    far = {"negative_guidance": 3e4, "iterations": 9}
+
+    def run(folder: Path | None = None, **more: Any) -> Erasure:
+        return erase(folder, pipelines.pipeline(dtype=torch.float16), **far | more)
+
+    truth = run()
+    assert truth.manifest["skipped_steps"] > 3  # steps of both runs are skipped
+    with pytest.raises(EraseInterrupted):
+        run(tmp_path, on_step=stopping_at(3))
+    assert newest_state(tmp_path).skipped_in_a_row == 3
+    assert_same(run(resume=tmp_path), truth)
+
+
+@pytest.mark.parametrize("pipe_name", ["sd-pndm", "sd-v-ddim"])
+def test_stopped_after_every_single_step(pipe_name: str, tmp_path: Path) -> None:
+    settings = {"iterations": 4, "preset": "paper-diffusers"}
+    stopped(tmp_path, 1, pipe=pipelines.pipeline(pipe_name), **settings)
+    for step in (2, 3):
+        pipe = pipelines.pipeline(pipe_name)
+        stopped(tmp_path, step, pipe=pipe, resume=tmp_path, **settings)
+    ours = erase(resume=tmp_path, pipe=pipelines.pipeline(pipe_name), **settings)
+    assert ours.manifest["resumed_at"] == [1, 2, 3]
+    assert_same(ours, erase(pipe=pipelines.pipeline(pipe_name), **settings))
+
+
+def collecting_anew(folder: Path, **settings: Any) -> tuple[Erasure, int]:
+    passes: list[Progress] = []
+    ours = erase(resume=folder, on_progress=passes.append, **settings)
+    return ours, sum(p.phase == "collect" for p in passes)
+
+
+@pytest.mark.parametrize("preset", ["fast", "reference"])
+def test_stopped_within_collecting_it_collects_again(preset: str, tmp_path: Path) -> None:
+    def stop(progress: Progress) -> None:
+        if progress.done >= 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(EraseInterrupted):
+        erase(tmp_path, preset=preset, on_progress=stop)
+    ours, asked = collecting_anew(tmp_path, preset=preset)
+    assert_same(ours, erase(preset=preset))
+    assert asked > 0
+
+
+def test_what_was_collected_is_not_collected_again(tmp_path: Path) -> None:
+    stopped(tmp_path, 1)
+    assert collecting_anew(tmp_path)[1] == 0
+
+
+def test_speed_and_memory_may_be_others(tmp_path: Path) -> None:
+    stopped(tmp_path, 2)
+    ours = erase(resume=tmp_path, checkpointing="all", collect_batch_size=1, cuda_graphs="off")
+    assert_same(ours, erase())
+
+
+def test_a_live_pipeline_is_left_erased_and_can_be_reverted(tmp_path: Path) -> None:
+    stopped(tmp_path, 2)
+    pipe = pipelines.pipeline()
+    before = pipelines.weights(pipe)
+    ours = erase(resume=tmp_path, pipe=pipe)
+    assert all(same_bits(pipe.unet.get_parameter(n), t) for n, t in ours.tensors.items())
+    ours.revert(pipe)
+    assert_same_weights(pipe, before)
+
+
+# ------------------------------------------------------------------------------------------------- the files
+
+
+@pytest.mark.parametrize("preset", ["fast", "paper"])
+def test_checkpoints_come_every_n_steps_and_the_newest_two_stay(
+    preset: str, tmp_path: Path
+) -> None:
+    seen: dict[int, list[str]] = {}
+
+    def look(step: Any) -> None:
+        seen[step.iteration + 1] = [path.stem[-2:] for path in checkpoints_in(tmp_path)]
+
+    truth = erase(tmp_path, checkpoint_every=2, on_step=look, preset=preset)
+    first = ["00"] if preset == "fast" else []  # when all samples were there
+    assert seen == {
+        1: first,
+        2: ["02", *first],
+        3: ["02", *first],
+        4: ["04", "02"],
+        5: ["04", "02"],
+    }
+    assert {p.name[:10] for p in tmp_path.iterdir()} == {"checkpoint"}  # and nothing else
+    for file in checkpoints_in(tmp_path):
+        copy = tmp_path / "copy" / file.name
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(file, copy)
+        assert_same(erase(resume=copy, preset=preset), truth)
+
+
+def test_a_resumed_run_keeps_on_writing_as_often_as_before(tmp_path: Path) -> None:
+    with suppress(EraseInterrupted):
+        erase(tmp_path, checkpoint_every=3, on_step=stopping_at(1))
+    erase(resume=tmp_path)
+    assert newest_state(tmp_path).step == 3
+
+
+def test_nothing_is_written_where_nobody_asks(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(EraseInterrupted) as interrupted:
+        erase(on_step=stopping_at(2))
+    assert interrupted.value.checkpoint is None
+    assert not list(tmp_path.iterdir())
+
+
+def truncated(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 100)
+
+
+def emptied(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def flipped(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-5000] ^= 1
+    file.write_bytes(content)
+
+
+def headless(file: Path) -> None:
+    file.write_bytes(b"\xff" * 64 + file.read_bytes()[64:])
+
+
+def altered(file: Path) -> None:
+    """A digit of a loss, with every length as it was."""
+    content = file.read_bytes()
+    at = content.index(b"losses") + content[content.index(b"losses") :].index(b"0.") + 4
+    digit = b"1" if content[at : at + 1] != b"1" else b"2"
+    file.write_bytes(content[:at] + digit + content[at + 1 :])
+
+
+def another(file: Path) -> None:
+    save_file({"masters": torch.zeros(3)}, file)
+
+
+@pytest.mark.parametrize("damage", [truncated, emptied, flipped, headless, altered, another])
+def test_where_the_newest_is_damaged_the_one_before_is_taken(damage: Any, tmp_path: Path) -> None:
+    with suppress(EraseInterrupted):
+        erase(tmp_path, checkpoint_every=1, on_step=stopping_at(3))
+    newest, before = checkpoints_in(tmp_path)
+    damage(newest)
+    with pytest.warns(UserWarning, match=f"{newest.name} is .*; going on from {before.name}"):
+        ours = erase(resume=tmp_path)
+    assert ours.manifest["resumed_at"] == [2]
+    assert_same(ours, erase())
+    for file in checkpoints_in(tmp_path):  # the damaged one was written anew, or went
+        newest_state(file)
+        damage(file)
+    with pytest.raises(ValueError, match=r"checkpoint-00000005.*; .*checkpoint-00000004"):
+        erase(resume=tmp_path)
+
+
+def test_a_file_of_another_run_is_refused_in_one_line(tmp_path: Path) -> None:
+    stopped(tmp_path, 2)
+    for change, said in (
+        ({"learning_rate": 2e-3}, "another config: learning_rate 0.001, now 0.002"),
+        ({"concept": "dog"}, "another config: concept 'cat', now 'dog'"),
+        ({"iterations": 6}, "another config: iterations 5, now 6"),
+        ({"pipe": pipelines.pipeline(dtype=torch.bfloat16)}, "another base"),
+        ({"pipe": pipelines.pipeline("sd-v-ddim")}, "another base"),
+    ):
+        with pytest.raises(ValueError, match=said) as refused:
+            erase(resume=tmp_path, **change)
+        assert "\n" not in str(refused.value)
+    for part in ("unet", "text_encoder"):
+        pipe = pipelines.pipeline()
+        with torch.no_grad():  # the last bit of a weight that is not trained
+            weight = next(getattr(pipe, part).parameters()).view(torch.int32)
+            weight.view(-1)[0] ^= 1
+        with pytest.raises(ValueError, match="another base"):
+            erase(resume=tmp_path, pipe=pipe)
+
+
+def test_a_file_of_another_version_of_the_format_is_refused(tmp_path: Path) -> None:
+    (file,) = [stopped(tmp_path, 2).checkpoint]
+    assert file is not None
+    metadata = tensor_files.open_safetensors(file).metadata
+    state = json.loads(metadata[STATE_KEY]) | {"format": 2}
+    save_file(load_file(file), file, metadata | {STATE_KEY: json.dumps(state)})
+    with pytest.raises(ValueError, match="has version 2 of the format; this esd-fast reads 1"):
+        erase(resume=tmp_path)
+
+
+def test_bad_arguments_are_found_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    stopped(tmp_path / "old", 1)
+    monkeypatch.setattr("esd_fast.esd.load_model", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match="checkpoint_every is 0; it must be a whole number"):
+        erase(tmp_path, checkpoint_every=0)
+    with pytest.raises(ValueError, match="checkpoint_every is 2 without a folder"):
+        erase(checkpoint_every=2)
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        erase(resume=tmp_path)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        erase(resume=tmp_path / "nowhere")
+    with pytest.raises(FileExistsError, match="holds checkpoints of a run: resume goes on"):
+        erase(tmp_path / "old")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="no checkpoint can be written to"):
+        erase(tmp_path / "file")
+
+
+# --------------------------------------------------------------------------------------- what a disk can do
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """The kernel refuses to write more, as it does on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def assert_last_is_whole(folder: Path, step: int, **settings: Any) -> None:
+    assert [path.name for path in checkpoints_in(folder)] == [f"checkpoint-{step:08d}.safetensors"]
+    assert not list(folder.glob("*.part"))
+    assert_same(erase(resume=folder, **settings), erase(**settings))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_disk_full(share: float, tmp_path: Path) -> None:
+    """Refused within the header, the tensors, or shortly before the end."""
+    file = stopped(tmp_path, 1).checkpoint
+    assert file is not None
+    pipe = pipelines.pipeline()
+    before = pipelines.weights(pipe)
+    with files_of_at_most(int(share * file.stat().st_size)):
+        with pytest.raises(CheckpointError, match="no checkpoint") as refused:
+            erase(resume=tmp_path, pipe=pipe, checkpoint_every=2)
+    assert os.strerror(errno.EFBIG) in str(refused.value)
+    assert_same_weights(pipe, before)
+    assert_last_is_whole(tmp_path, 1)
