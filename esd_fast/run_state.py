@@ -328,7 +328,8 @@ def newest_state(path: str | os.PathLike[str]) -> RunState:
     found = checkpoints_in(place) if place.is_dir() else [place]
     if not found:
         raise FileNotFoundError(
-            f"{place} holds no checkpoint (checkpoint-*.safetensors) to resume from"
+            f"{place} holds no checkpoint (checkpoint-*.safetensors) to resume from; a finished run "
+            "keeps none"
         )
     damaged = []
     for file in found:

@@ -2,9 +2,14 @@
 
 import errno
 import json
+import math
+import multiprocessing
 import os
+import random
 import resource
 import shutil
+import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,8 +20,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import esd_fast
-from esd_fast import EraseInterrupted, Progress, tensor_files
+from esd_fast import EraseInterrupted, Progress, run_state, tensor_files
 from esd_fast.erasure import Erasure
+from esd_fast.fit import NonFiniteLoss
+from esd_fast.interrupts import held_back
+from esd_fast.parameters import TrainableSubset, trainable_names
 from esd_fast.run_state import STATE_KEY, CheckpointError, checkpoints_in, newest_state
 
 from . import pipelines
@@ -29,6 +37,7 @@ SHORT: dict[str, Any] = {
     "learning_rate": 1e-3,
     "batch_size": 2,
 }
+STEPS = 40  # of the runs that are killed
 POLICIES: dict[str, dict[str, Any]] = {
     "fast": {},
     "reference": {"preset": "reference"},
@@ -44,6 +53,17 @@ POLICIES: dict[str, dict[str, Any]] = {
 def erase(folder: Path | None = None, pipe: Any = None, **settings: Any) -> Erasure:
     chosen = {"concept": "cat", "preset": "fast", **SHORT, **settings}
     return esd_fast.erase(pipe or pipelines.pipeline(), checkpoints=folder, **chosen)
+
+
+KNOWN: dict[str, Erasure] = {}
+
+
+def straight(**settings: Any) -> Erasure:
+    """Without a stop; made once."""
+    key = repr(sorted(settings.items()))
+    if key not in KNOWN:
+        KNOWN[key] = erase(**settings)
+    return KNOWN[key]
 
 
 def stopping_at(step: int) -> Any:
@@ -78,7 +98,7 @@ def test_each_policy(policy: str, tmp_path: Path) -> None:
     assert interruption.checkpoint == tmp_path / f"checkpoint-{step:08d}.safetensors"
     assert len(interruption.erasure.manifest["losses"]) == step
     ours = erase(resume=tmp_path, **settings)
-    assert_same(ours, erase(**settings))
+    assert_same(ours, straight(**settings))
     assert ours.manifest["resumed_at"] == [step]
 
 
@@ -91,9 +111,7 @@ def test_each_optimizer(name: str, method: str, tmp_path: Path) -> None:
     settings = {"optimizer": name, "train_method": method}
     stopped(tmp_path, 3, **settings)
     ours = erase(resume=tmp_path, **settings)
-    assert_same(ours, erase(**settings))
-    fresh = erase(**settings | {"optimizer": "adam", "iterations": 2})
-    assert fresh.manifest["losses"] != ours.manifest["losses"][3:]  # as if nothing were resumed
+    assert_same(ours, straight(**settings))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -151,7 +169,7 @@ def test_stopped_within_collecting_it_collects_again(preset: str, tmp_path: Path
     with pytest.raises(EraseInterrupted):
         erase(tmp_path, preset=preset, on_progress=stop)
     ours, asked = collecting_anew(tmp_path, preset=preset)
-    assert_same(ours, erase(preset=preset))
+    assert_same(ours, straight(preset=preset))
     assert asked > 0
 
 
@@ -163,7 +181,7 @@ def test_what_was_collected_is_not_collected_again(tmp_path: Path) -> None:
 def test_speed_and_memory_may_be_others(tmp_path: Path) -> None:
     stopped(tmp_path, 2)
     ours = erase(resume=tmp_path, checkpointing="all", collect_batch_size=1, cuda_graphs="off")
-    assert_same(ours, erase())
+    assert_same(ours, straight())
 
 
 def test_a_live_pipeline_is_left_erased_and_can_be_reverted(tmp_path: Path) -> None:
@@ -259,7 +277,7 @@ def test_where_the_newest_is_damaged_the_one_before_is_taken(damage: Any, tmp_pa
     with pytest.warns(UserWarning, match=f"{newest.name} is .*; going on from {before.name}"):
         ours = erase(resume=tmp_path)
     assert ours.manifest["resumed_at"] == [2]
-    assert_same(ours, erase())
+    assert_same(ours, straight())
     for file in checkpoints_in(tmp_path):  # the damaged one was written anew, or went
         newest_state(file)
         damage(file)
@@ -335,7 +353,7 @@ def files_of_at_most(size: int) -> Iterator[None]:
 def assert_last_is_whole(folder: Path, step: int, **settings: Any) -> None:
     assert [path.name for path in checkpoints_in(folder)] == [f"checkpoint-{step:08d}.safetensors"]
     assert not list(folder.glob("*.part"))
-    assert_same(erase(resume=folder, **settings), erase(**settings))
+    assert_same(erase(resume=folder, **settings), straight(**settings))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
@@ -345,9 +363,172 @@ def test_disk_full(share: float, tmp_path: Path) -> None:
     assert file is not None
     pipe = pipelines.pipeline()
     before = pipelines.weights(pipe)
-    with files_of_at_most(int(share * file.stat().st_size)):
-        with pytest.raises(CheckpointError, match="no checkpoint") as refused:
-            erase(resume=tmp_path, pipe=pipe, checkpoint_every=2)
+    limit = int(share * file.stat().st_size)
+    with (
+        files_of_at_most(limit),
+        pytest.raises(CheckpointError, match="no checkpoint") as refused,
+    ):
+        erase(resume=tmp_path, pipe=pipe, checkpoint_every=2)
     assert os.strerror(errno.EFBIG) in str(refused.value)
     assert_same_weights(pipe, before)
     assert_last_is_whole(tmp_path, 1)
+
+
+def test_disk_full_on_ctrl_c_still_hands_out_the_work(tmp_path: Path) -> None:
+    stopped(tmp_path, 1)
+    with (
+        files_of_at_most(1000),
+        pytest.warns(UserWarning, match=r"no checkpoint of step 3 .*; the last one is .*00001"),
+    ):
+        interruption = stopped(tmp_path, 3, resume=tmp_path)
+    assert interruption.checkpoint is None
+    assert len(interruption.erasure.manifest["losses"]) == 3
+    assert_last_is_whole(tmp_path, 1)
+
+
+def test_a_folder_that_vanishes_is_not_made_anew(tmp_path: Path) -> None:
+    folder = tmp_path / "mount"
+
+    def unmount(step: Any) -> None:
+        if step.iteration == 1:
+            folder.rename(tmp_path / "elsewhere")
+
+    with pytest.raises(CheckpointError, match=r"step 3 in .*mount: the folder is gone"):
+        erase(folder, checkpoint_every=1, on_step=unmount)
+    assert not folder.exists()
+    assert_same(erase(resume=tmp_path / "elsewhere"), straight())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes to read-only folders")
+def test_a_folder_that_becomes_read_only(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=os.strerror(errno.EACCES)):
+        erase(tmp_path, checkpoint_every=2, on_step=lambda _: tmp_path.chmod(0o500))
+    tmp_path.chmod(0o700)
+    assert_same(erase(resume=tmp_path), straight())
+
+
+def test_no_checkpoint_holds_what_is_no_number(tmp_path: Path) -> None:
+    pipe = pipelines.pipeline()
+    before = pipelines.weights(pipe)
+    parameter = pipe.unet.get_parameter(trainable_names(pipe.unet, "esd-x")[3])
+    calls = iter(range(100))
+    parameter.register_hook(lambda g: g * (math.inf if next(calls) == 2 else 1.0))
+    with pytest.raises(NonFiniteLoss, match=r"1 of 20 trained tensors .* after iteration 2"):
+        erase(tmp_path, pipe, checkpoint_every=1)
+    assert_same_weights(pipe, before)
+    assert_last_of_two_is_whole(tmp_path, 2)
+
+
+def assert_last_of_two_is_whole(folder: Path, step: int) -> None:
+    assert newest_state(folder).step == step
+    assert_same(erase(resume=folder), straight())
+
+
+# ------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_within_an_update_waits_for_its_end(
+    number: signal.Signals, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Masters moved, weights and losses not yet: such a state would be neither step's."""
+    whole, calls = TrainableSubset.masters_to_parameters, iter(range(100))
+
+    def stop(subset: TrainableSubset) -> None:
+        if next(calls) == 2:
+            os.kill(os.getpid(), number)
+        whole(subset)
+
+    truth = straight()
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainableSubset, "masters_to_parameters", stop)
+        with pytest.raises(EraseInterrupted) as interrupted:
+            erase(tmp_path)
+    assert len(interrupted.value.erasure.manifest["losses"]) == 3
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+    assert_same(erase(resume=tmp_path), truth)
+
+
+def test_a_signal_that_was_held_back_comes_once() -> None:
+    reached = []
+
+    def work() -> None:
+        with held_back():
+            for part in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+                reached.append(part)
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert reached == [0, 1]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_before_the_state_was_taken_up_leaves_it(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    stopped(tmp_path, 3)
+
+    @contextmanager
+    def interrupted(*_: Any) -> Iterator[None]:
+        raise KeyboardInterrupt
+        yield
+
+    with monkeypatch.context() as patched:
+        patched.setattr("esd_fast.esd.only_trainable", interrupted)
+        with pytest.raises(EraseInterrupted):
+            erase(resume=tmp_path)
+    assert_last_is_whole(tmp_path, 3)
+
+
+# -------------------------------------------------------------------------------------------------- kill -9
+
+
+def killed_run(folder: str, within_write: int) -> None:
+    """In a process of its own, which kills itself within that write, if any."""
+    torch.set_num_threads(1)
+    writes = iter(range(1000))
+
+    def writing(target: Path, tensors: Any, metadata: Any) -> None:
+        number, halfway = next(writes), sorted(tensors)[len(tensors) // 2]
+
+        def before(name: str) -> None:
+            if number == within_write and name == halfway:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        tensor_files.write_tensors(target, tensors, metadata, before)
+
+    run_state.write_tensors = writing
+    place = Path(folder)
+    again = {"resume": place} if checkpoints_in(place) else {"folder": place}
+    erase(**again, checkpoint_every=1, iterations=STEPS)  # type: ignore[arg-type]
+
+
+def test_killed_again_and_again(tmp_path: Path) -> None:
+    """At a moment that nobody chose, and within writes."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_resume"])
+    chance, step = random.Random(0), 0
+    for within_write in (-1, 2, 0):
+        process = context.Process(target=killed_run, args=(str(tmp_path), within_write))
+        process.start()
+        aim = step + chance.randrange(2, 8)
+        while within_write < 0 and process.is_alive() and steps_in(tmp_path) < aim:
+            time.sleep(0.001)
+        if within_write < 0:
+            time.sleep(chance.random() * 0.02)
+            process.kill()
+        process.join(120)
+        assert process.exitcode == -signal.SIGKILL
+        if within_write >= 0:
+            assert len(list(tmp_path.glob("*.part"))) == 1
+            assert newest_state(tmp_path).step == step + within_write
+        step = newest_state(tmp_path).step
+        assert 2 <= step < STEPS
+    assert_same(erase(resume=tmp_path, iterations=STEPS), straight(iterations=STEPS))
+    assert not list(tmp_path.glob("*.part"))
+
+
+def steps_in(folder: Path) -> int:
+    return max((int(path.stem[-8:]) for path in checkpoints_in(folder)), default=0)
