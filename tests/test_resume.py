@@ -7,11 +7,13 @@ import multiprocessing
 import os
 import random
 import resource
+import shlex
 import shutil
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,12 @@ from safetensors.torch import load_file, save_file
 
 import esd_fast
 from esd_fast import EraseInterrupted, Progress, run_state, tensor_files
+from esd_fast.cli import main
 from esd_fast.erasure import Erasure
 from esd_fast.fit import NonFiniteLoss
 from esd_fast.interrupts import held_back
 from esd_fast.parameters import TrainableSubset, trainable_names
-from esd_fast.run_state import STATE_KEY, CheckpointError, checkpoints_in, newest_state
+from esd_fast.run_state import STATE_KEY, CheckpointError, checkpoints_in, config_in, newest_state
 
 from . import pipelines
 from .pipelines import assert_same_weights, same_bits
@@ -532,3 +535,66 @@ def test_killed_again_and_again(tmp_path: Path) -> None:
 
 def steps_in(folder: Path) -> int:
     return max((int(path.stem[-8:]) for path in checkpoints_in(folder)), default=0)
+
+
+# ----------------------------------------------------------------------------------------- the command line
+
+
+@pytest.fixture
+def train(monkeypatch: Any, capsys: Any) -> Any:
+    """train(*arguments, sigterm_at=step): exit code, what was said."""
+    monkeypatch.setattr("esd_fast.commands.train.keep_pages", lambda: None)  # of the process
+    monkeypatch.setattr("esd_fast.commands.train.quiet_libraries", lambda: None)
+
+    def run(*arguments: Any, sigterm_at: int = 0) -> tuple[int, str]:
+        def show(_: Any, phase: str, done: int, *__: Any) -> None:
+            if phase == "fit" and done == sigterm_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        monkeypatch.setattr("esd_fast.commands.console.Bars.show", show)
+        capsys.readouterr()
+        code = main(["train", *map(str, arguments), "--pictures", "0"])
+        said = capsys.readouterr()
+        return code, said.out + said.err
+
+    return run
+
+
+def test_command_goes_on_after_sigterm(train: Any, tmp_path: Path) -> None:
+    model = ["--concept", "cat", "--model", pipelines.GOLDEN / "sd-ddim"]
+    settings = [*model, "--iterations", 6, "--num-inference-steps", 4, "--seed", 3]
+    assert train(*settings, "--output", tmp_path / "straight")[0] == 0
+    straight = esd_fast.load(tmp_path / "straight")
+    folder = tmp_path / "it's cut"
+
+    code, said = train(*settings, "--output", folder, "--checkpoint-every", 2, sigterm_at=3)
+    assert code == 130
+    assert "interrupted after 3 of 6 steps" in said
+    assert f"esd-fast train --resume {shlex.quote(str(folder))} goes on" in said
+    assert len(esd_fast.load(folder).manifest["losses"]) == 3  # the work so far
+    assert [path.stem[-1] for path in checkpoints_in(folder)] == ["3", "2"]
+
+    code, said = train(*settings, "--output", folder)
+    assert (code, "--resume" in said, "--overwrite" in said) == (2, True, True)
+    code, said = train("--resume", folder, "--learning-rate", 1)
+    assert (code, "another config: learning_rate 5e-05, now 1.0" in said) == (2, True)
+    code, said = train("--resume", folder, "--output", tmp_path / "straight")
+    assert (code, "with --resume results go to" in said) == (2, True)
+    code, said = train("--resume", tmp_path / "straight")
+    assert (code, "a finished run keeps none" in said) == (2, True)
+    code, said = train()
+    assert (code, "what to erase is missing" in said) == (2, True)
+
+    assert train("--resume", folder, sigterm_at=5)[0] == 130
+    code, said = train("--resume", folder)
+    assert (code, "going on from step 5" in said) == (0, True)
+    assert not checkpoints_in(folder)
+    assert_same(esd_fast.load(folder), straight)
+    assert esd_fast.load(folder).manifest["resumed_at"] == [3, 5]
+
+
+def test_a_state_cannot_consent_to_pickles(tmp_path: Path) -> None:
+    stopped(tmp_path, 1)
+    state = newest_state(tmp_path)
+    wanting = replace(state.identity, config=state.identity.config | {"allow_pickle": True})
+    assert config_in(replace(state, identity=wanting)).allow_pickle is False
