@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from .config import EraseConfig
+    from .memory_plan import MemoryPlan
     from .models import Model
 
 
@@ -65,24 +66,11 @@ def memory_for(model: Model, vram: str) -> int | None:
 
 def fitting(model: Model, config: EraseConfig, resolution: int, memory: int) -> Layout:
     """The fastest choice of memory_plan.py that fits `memory` bytes."""
-    from .memory_plan import plan_memory  # not needed where there is no limit
-
-    plan = plan_memory(
-        model.source,
-        dict(model.unet.config),  # type: ignore[arg-type]
-        config.train_method,
-        resolution,
-        batch_size=config.batch_size,
-        dtype=str(model.dtype).removeprefix("torch."),
-        prompts=2 if config.erase_from is None else 3,
-        vae_scale_factor=model.vae_scale_factor,
-        optimizer=config.optimizer,
-        enough=memory,
-    )
+    plan = plan_of(model, config, resolution, memory)
     found = plan.fitting(memory)
     limit = f"{memory / 2**30:.1f} GiB"
     if found is None:
-        least = max(min(c.total for c in plan.choices), min(plan.collect.values()))
+        least = least_of(plan)
         if config.vram != "auto":
             raise ValueError(
                 f"vram is {config.vram!r}, and the least that this takes is "
@@ -96,6 +84,35 @@ def fitting(model: Model, config: EraseConfig, resolution: int, memory: int) -> 
     blocks = ", ".join(choice.checkpointed) or "none"
     why = f"{blocks}: {choice.total / 2**30:.1f} of {limit} planned"
     return Layout(choice.checkpointed, min(together, config.collect_batch_size), why)
+
+
+def plan_of(
+    model: Model, config: EraseConfig, resolution: int, enough: int | None = None
+) -> MemoryPlan:
+    from .memory_plan import plan_memory  # not needed where there is no limit
+
+    return plan_memory(
+        model.source,
+        dict(model.unet.config),  # type: ignore[arg-type]
+        config.train_method,
+        resolution,
+        batch_size=config.batch_size,
+        dtype=str(model.dtype).removeprefix("torch."),
+        prompts=2 if config.erase_from is None else 3,
+        vae_scale_factor=model.vae_scale_factor,
+        optimizer=config.optimizer,
+        enough=enough,
+    )
+
+
+def least_of(plan: MemoryPlan) -> int:
+    """Bytes."""
+    return max(min(c.total for c in plan.choices), min(plan.collect.values()))
+
+
+def least_memory(model: Model, config: EraseConfig) -> int:
+    """Bytes that a run takes at least, as counted."""
+    return least_of(plan_of(model, config, config.resolution or model.native_resolution))
 
 
 @contextmanager

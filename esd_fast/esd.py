@@ -16,7 +16,7 @@ from .collect import Teacher, TeacherSamples, chunked, collect_all, collect_last
 from .config import EraseConfig
 from .engine import engaged, layout_for
 from .erasure import Erasure, fingerprint, versions
-from .fit import FitStep, Fitter, NonFiniteLoss, shuffled
+from .fit import FitStep, Fitter, shuffled
 from .graphed_steps import RunGraphs
 from .interrupts import sigterm_interrupts
 from .live import onloading
@@ -27,6 +27,8 @@ from .parameters import TrainableSubset, canonical_method, only_trainable, train
 from .plan import Rollout, plan_rollouts
 from .run_state import Checkpoints, Identity, Keeper, RunState, newest_state
 from .schedules import scheduler_for
+from .sick_numbers import check_collected
+from .stepping_down import stepping_down
 from .vocabulary import filters_for
 
 if TYPE_CHECKING:
@@ -94,6 +96,7 @@ def erase(
 
 
 @onloading
+@stepping_down
 @torch.inference_mode(False)  # whatever the caller's mode, training needs gradients
 @torch.enable_grad()
 def run(
@@ -185,6 +188,7 @@ def run(
                 meter.resumed(passes_of(config, teacher, done), taken, config)
             if samples is None and config.rollout == "frozen":
                 samples = collected(config, layout.collect_batch_size, teacher, rollouts, meter)
+                check_collected(fitter, samples)
                 keeper.collected(samples)
             for batch in training_batches(config, samples, teacher, rollouts, subset, meter, taken):
                 step = fitter.step(batch)
@@ -348,14 +352,7 @@ def finish(
     from . import ops
 
     trained = subset.trained()
-    broken = [name for name, tensor in trained.items() if not tensor.isfinite().all()]
-    if broken:
-        raise NonFiniteLoss(
-            f"{len(broken)} of {len(trained)} trained tensors are not finite after iteration "
-            f"{len(fitter.losses) - 1} ({broken[0]}); try a lower learning_rate than "
-            f"{config.learning_rate:g}, or dtype float32"
-        )
-
+    fitter.check_finite(trained)
     device = str(model.device)
     manifest = {
         "concept": ", ".join(config.concepts),

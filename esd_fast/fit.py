@@ -13,6 +13,8 @@ from .collect import predict_noise
 from .interrupts import held_back
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from .collect import TeacherSamples
     from .models.base import Conditioning
     from .objective import Objective
@@ -54,6 +56,7 @@ class Fitter:
     losses: list[float] = field(default_factory=list)
     skipped: int = 0  # steps, of all
     skipped_in_a_row: int = 0
+    last: TeacherSamples | None = field(default=None, init=False)  # of the step before
     asked: dict[int, Conditioning] = field(default_factory=dict, init=False)  # by batch size
 
     def __post_init__(self) -> None:
@@ -74,16 +77,19 @@ class Fitter:
         loss, student = self.backward(samples)
         value = loss.item()
         if not math.isfinite(value):
+            from .sick_numbers import where_it_began
+
             raise NonFiniteLoss(
                 f"the loss is {value} at iteration {len(self.losses)}, timestep "
-                f"{samples.timesteps.tolist()}; try a lower learning_rate than "
-                f"{self.optimizer.param_groups[0]['lr']:g}, or dtype float32"
+                f"{samples.timesteps.tolist()}: {where_it_began(self, samples, student)}; "
+                f"{self.would_do()}"
             )
         scale = self.scaler.get_scale()
         with held_back():
             self.update()
             skipped = self.scaler.get_scale() < scale
             self.losses.append(value)
+            self.last = samples
             self.count_skipped(skipped)
         return FitStep(len(self.losses) - 1, value, samples, student, skipped)
 
@@ -110,6 +116,29 @@ class Fitter:
         """Gradients to masters, masters to the UNet. Nothing waits for the device where the
         optimizer is fused (GradScaler looks at the gradients of another on the host)."""
         self.subset.step(self.optimizer, self.scaler, self.max_grad_norm)
+
+    @property
+    def answered(self) -> list[float]:
+        """The timesteps of the last step."""
+        return [] if self.last is None else self.last.timesteps.tolist()
+
+    def would_do(self) -> str:
+        rate = self.optimizer.param_groups[0]["lr"]
+        return f"try a lower learning_rate than {rate:g}, or dtype float32"
+
+    def check_finite(self, trained: Mapping[str, torch.Tensor]) -> None:
+        """Raises NonFiniteLoss where the last step, whose loss nobody saw yet, left weights that
+        are no numbers."""
+        from .sick_numbers import broken, last_in_forward
+
+        names = broken(trained)
+        if names:
+            first = names[0] if self.last is None else last_in_forward(self, self.last, names)
+            raise NonFiniteLoss(
+                f"{len(names)} of {len(trained)} trained tensors are not finite after iteration "
+                f"{len(self.losses) - 1}, timestep {self.answered}: {first} went first; "
+                f"{self.would_do()}"
+            )
 
     def count_skipped(self, skipped: bool) -> None:
         self.skipped += skipped

@@ -22,7 +22,6 @@ import torch
 from .collect import TeacherSamples
 from .config import EraseConfig, Loading
 from .erasure import fingerprint, versions
-from .fit import NonFiniteLoss
 from .interrupts import held_back
 from .tensor_files import Lazy, bytes_of, open_safetensors, write_tensors
 
@@ -185,12 +184,7 @@ def state_of(
 ) -> RunState:
     """The state of a run between two steps. Raises NonFiniteLoss where a master is no number."""
     tensors = {f"masters.{name}": master for name, master in subset.masters.items()}
-    broken = [name for name, master in subset.masters.items() if not master.isfinite().all()]
-    if broken:
-        raise NonFiniteLoss(
-            f"{len(broken)} of {len(tensors)} trained tensors are not finite after iteration "
-            f"{len(fitter.losses) - 1} ({broken[0]}); no checkpoint is written of them"
-        )
+    fitter.check_finite(subset.masters)
     if samples is not None:
         held = {f"samples.{name}": column for name, column in vars(samples).items()}
         tensors |= {name: column for name, column in held.items() if column is not None}
