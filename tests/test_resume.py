@@ -582,6 +582,8 @@ def test_command_goes_on_after_sigterm(train: Any, tmp_path: Path) -> None:
     assert (code, "with --resume results go to" in said) == (2, True)
     code, said = train("--resume", tmp_path / "straight")
     assert (code, "a finished run keeps none" in said) == (2, True)
+    code, said = train("--resume", folder, "--harden", 1)
+    assert (code, "--harden is 1; it must be 0 with checkpoints" in said) == (2, True)
     code, said = train()
     assert (code, "what to erase is missing" in said) == (2, True)
 
