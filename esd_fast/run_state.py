@@ -447,7 +447,8 @@ def weights_digest(modules: Iterable[torch.nn.Module]) -> str:
             total: int | str = "elsewhere"  # a text encoder that is offloaded
             if not weight.is_meta:
                 bits = weight.detach().view(integers[weight.element_size()])
-                total = int(bits.sum(dtype=torch.int64))
+                rows = torch.atleast_1d(bits).split(1024)  # each is widened before it is summed
+                total = int(sum(part.sum(dtype=torch.int64) for part in rows))
             digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {total}\n".encode())
     return digest.hexdigest()[:16]
 
