@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import esd_fast
-from esd_fast import collect, fit
+from esd_fast import collect, fit, stepping_down
 from esd_fast.cli import one_line
-from esd_fast.engine import least_memory
+from esd_fast.engine import least_memory, plan_of
 from esd_fast.models import load_model
 
 from . import pipelines
@@ -64,8 +64,7 @@ def test_one_step_down_and_it_says_so(monkeypatch: Any, most_rows: int) -> None:
 def test_a_stop_says_what_would_fit(monkeypatch: Any, settings: dict[str, Any]) -> None:
     pipe = pipelines.pipeline()
     before = pipelines.weights(pipe)
-    config = esd_fast.EraseConfig("cat", batch_size=2)
-    least = least_memory(load_model(pipe, config), config)
+    monkeypatch.setattr(stepping_down, "least_memory", lambda _, c: (c.batch_size + 1) * 2**30)
     running_out(monkeypatch, pipe, ROWS, checkpointed=True)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -74,7 +73,14 @@ def test_a_stop_says_what_would_fit(monkeypatch: Any, settings: dict[str, Any]) 
     assert sum("memory ran out" in str(w.message) for w in told) == (0 if settings else 1)
     said = one_line(stopped.value)
     assert said == str(stopped.value)
-    assert f"about {least / 2**30:.1f} GiB is the least that this takes" in said
-    assert "with batch_size 1" in said
+    assert "about 3.0 GiB is the least that this takes, with batch_size 1 2.0 GiB;" in said
     assert_same_weights(pipe, before)
     assert all(parameter.requires_grad for parameter in pipe.unet.parameters())
+
+
+def test_the_least_is_just_what_a_plan_fits_into() -> None:
+    config = esd_fast.EraseConfig("cat")
+    model = load_model(pipelines.pipeline(), config)
+    plan, least = plan_of(model, config, 64), least_memory(model, config)
+    assert plan.fitting(least) is not None
+    assert plan.fitting(least - 1) is None

@@ -102,8 +102,8 @@ def erased(
     config: EraseConfig,
     rounds: int,
     bars: Bars,
-    checkpoints: Checkpoints,
-    resume: RunState | None,
+    checkpoints: Checkpoints | None = None,
+    resume: RunState | None = None,
 ) -> Erasure:
     """Hardening, which is several runs, leaves no checkpoints."""
     from esd_fast.esd import Progress, run
