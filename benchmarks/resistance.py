@@ -25,10 +25,11 @@ from esd_fast.demo import world
 from esd_fast.erasure import Erasure
 from esd_fast.esd import run
 from esd_fast.evaluation.attacks import attacks_on
+from esd_fast.evaluation.embedded_judge import EmbeddedJudge
 from esd_fast.evaluation.intervals import wilson_interval
 from esd_fast.evaluation.inversion import InversionConfig
 from esd_fast.evaluation.recognition import Question, erased_questions, kept_questions
-from esd_fast.evaluation.resistance import EmbeddedJudge, Resistance, seen_by
+from esd_fast.evaluation.resistance import Resistance, Witness
 from esd_fast.hardening import SEED, drawn_adversary, harden
 from esd_fast.models import Model, load_model
 from esd_fast.pages import keep_pages
@@ -71,11 +72,11 @@ def measure(concept: str, recipe: str, seed: int) -> dict[str, Any]:
             else run(model, config)
         )
     seconds = time.process_time() - started
-    judge = EmbeddedJudge(concept)
+    witness = Witness(EmbeddedJudge(), concept)
     found = {}
     for attack in attacks:
         drawn, _ = RESISTANCE.attacked(model, attack, examples)
-        found[attack.name] = [int(s) for s in seen_by(judge, drawn) or ()]
+        found[attack.name] = [int(s) for s in witness.sees(drawn)]
     return {
         "concept": concept,
         "recipe": recipe,
