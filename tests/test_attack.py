@@ -280,12 +280,20 @@ def test_clip_is_refused_where_it_has_nothing_to_choose_from(
     erasure = moved().save(tmp_path)
     (tmp_path / "clip").mkdir()
     model = ("--model", pipelines.GOLDEN / "sd-ddim", "--clip", "clip")
-    for more in ((), ("--style", "Monet", "--style", "ink")):
-        assert run(erasure, *model, *more) == 2
-        error = capsys.readouterr().err
-        assert "--clip has nothing to tell 'red apple' from; name other objects" in error
+    refusal = "--clip has nothing to tell the object 'red apple' from; name other objects"
+    assert run(erasure, *model) == 2
+    error = capsys.readouterr().err
+    assert refusal in error
+    assert "--learnable-property" not in error
+    assert run(erasure, *model, "--style", "Monet", "--style", "ink") == 2
+    error = capsys.readouterr().err
+    assert refusal in error
+    assert error.endswith("; where it is a style: --learnable-property style\n")
     assert run(erasure, *model, "--object", "pear", "--control", "ink style") == 2
-    assert "nothing to tell 'ink style' from; name other styles" in capsys.readouterr().err
+    assert "to tell the style 'ink style' from; name other styles" in capsys.readouterr().err
+    assert run(erasure, *model, "--object", "pear") == 1
+    assert "clip" in capsys.readouterr().err  # an empty folder is no CLIP, before anything else
+    assert not (tmp_path / "attack-red-apple").exists()
 
 
 @pytest.mark.parametrize(

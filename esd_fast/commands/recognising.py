@@ -31,7 +31,7 @@ def told_apart(arguments: argparse.Namespace, concepts: Sequence[str]) -> dict[s
     `--object` and `--style` name, and `concepts`, each of `--learnable-property`'s domain where it
     names none of these. Raises ValueError where CLIP would have nothing to tell one of them from.
     """
-    from esd_fast.evaluation.concepts import erased_among, gathered, with_erased
+    from esd_fast.evaluation.concepts import OBJECT, erased_among, gathered, with_erased
 
     objects, styles = arguments.object or [], arguments.style or []
     if arguments.clip is None and (objects or styles):
@@ -42,8 +42,13 @@ def told_apart(arguments: argparse.Namespace, concepts: Sequence[str]) -> dict[s
         domain = found[name]
         if arguments.clip is not None and list(found.values()).count(domain) < 2:
             raise ValueError(
-                f"--clip has nothing to tell {name!r} from; name other {domain}s that a picture "
-                f"may show: --{domain} NAME, once or more"
+                f"--clip has nothing to tell the {domain} {name!r} from; name other {domain}s that "
+                f"a picture may show: --{domain} NAME, once or more"
+                + (
+                    "; where it is a style: --learnable-property style"
+                    if styles and domain == OBJECT
+                    else ""
+                )
             )
     return found
 
