@@ -115,17 +115,19 @@ def kept_by(model: Model, concept: str, seed: int) -> dict[str, list[int]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A line a concept and recipe, then the median concept of each recipe."""
+    """A line a concept and recipe, then the median concept of each recipe that all have."""
     names = list(rows[0]["attacks"])[1:]
     lines = [
         "| erased | recipe | CPU seconds | passes | UA | IRA | CRA | " + " | ".join(names) + " |",
         "|---" * (7 + len(names)) + "|",
     ]
-    for concept in dict.fromkeys(r["concept"] for r in rows):
-        lines += [line_of(r, names) for r in rows if r["concept"] == concept]
+    ordered = sorted(rows, key=lambda r: list(RECIPES).index(r["recipe"]))
+    concepts = list(dict.fromkeys(r["concept"] for r in rows))
+    for concept in concepts:
+        lines += [line_of(r, names) for r in ordered if r["concept"] == concept]
     for recipe in RECIPES:
         group = [r for r in rows if r["recipe"] == recipe]
-        if group:
+        if {r["concept"] for r in group} == {*concepts}:
             lines.append(median_line(recipe, group, names))
     return "\n".join(lines)
 
