@@ -25,10 +25,11 @@ from esd_fast.demo import world
 from esd_fast.erasure import Erasure
 from esd_fast.esd import run
 from esd_fast.evaluation.attacks import attacks_on
+from esd_fast.evaluation.embedded_judge import EmbeddedJudge
 from esd_fast.evaluation.intervals import wilson_interval
 from esd_fast.evaluation.inversion import InversionConfig
 from esd_fast.evaluation.recognition import Question, erased_questions, kept_questions
-from esd_fast.evaluation.resistance import EmbeddedJudge, Resistance, seen_by
+from esd_fast.evaluation.resistance import Resistance, Witness
 from esd_fast.hardening import SEED, drawn_adversary, harden
 from esd_fast.models import Model, load_model
 from esd_fast.pages import keep_pages
@@ -71,11 +72,11 @@ def measure(concept: str, recipe: str, seed: int) -> dict[str, Any]:
             else run(model, config)
         )
     seconds = time.process_time() - started
-    judge = EmbeddedJudge(concept)
+    witness = Witness(EmbeddedJudge(), concept)
     found = {}
     for attack in attacks:
         drawn, _ = RESISTANCE.attacked(model, attack, examples)
-        found[attack.name] = [int(s) for s in seen_by(judge, drawn) or ()]
+        found[attack.name] = [int(s) for s in witness.sees(drawn)]
     return {
         "concept": concept,
         "recipe": recipe,
@@ -114,17 +115,19 @@ def kept_by(model: Model, concept: str, seed: int) -> dict[str, list[int]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A line a concept and recipe, then the median concept of each recipe."""
+    """A line a concept and recipe, then the median concept of each recipe that all have."""
     names = list(rows[0]["attacks"])[1:]
     lines = [
         "| erased | recipe | CPU seconds | passes | UA | IRA | CRA | " + " | ".join(names) + " |",
         "|---" * (7 + len(names)) + "|",
     ]
-    for concept in dict.fromkeys(r["concept"] for r in rows):
-        lines += [line_of(r, names) for r in rows if r["concept"] == concept]
+    ordered = sorted(rows, key=lambda r: list(RECIPES).index(r["recipe"]))
+    concepts = list(dict.fromkeys(r["concept"] for r in rows))
+    for concept in concepts:
+        lines += [line_of(r, names) for r in ordered if r["concept"] == concept]
     for recipe in RECIPES:
         group = [r for r in rows if r["recipe"] == recipe]
-        if group:
+        if {r["concept"] for r in group} == {*concepts}:
             lines.append(median_line(recipe, group, names))
     return "\n".join(lines)
 

@@ -370,6 +370,14 @@ def add_attack(commands: Any) -> None:
         metavar="CONCEPT",
         help="one that is not erased, to show that inversion works (embedded: chosen)",
     )
+    say(
+        "--clip",
+        metavar="MODEL",
+        help="a CLIP's folder or hub id: says in which pictures the concept is recognised, as the "
+        "most similar of those named (embedded: its own judge does)",
+    )
+    say("--object", action="append", metavar="NAME", help="another that CLIP may see; repeatable")
+    say("--style", action="append", metavar="NAME", help="of the other domain; repeatable")
     say("--images", type=int, metavar="N", help="of each attack (default: 4; embedded: 64)")
     say("--seed", type=int, default=0, metavar="N", help="default: 0")
     say("--num-inference-steps", type=int, default=15, metavar="N", help="default: 15")
@@ -393,7 +401,7 @@ def add_attack(commands: Any) -> None:
         "--learnable_property",
         choices=("object", "style"),
         default="object",
-        help="of models other than the embedded one (default: object)",
+        help="what the concept is, of models other than the embedded one (default: object)",
     )
     learn("--initializer-token", "--initializer_token", metavar="WORD", help="default: the mean")
     learn("--max-train-steps", "--max_train_steps", type=int, default=200, metavar="N")

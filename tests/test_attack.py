@@ -3,13 +3,14 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 import esd_fast
 from esd_fast.cli import main
@@ -17,12 +18,14 @@ from esd_fast.config import EraseConfig
 from esd_fast.demo import world
 from esd_fast.erasure import Erasure
 from esd_fast.evaluation.attacks import Attack, attacks_on
+from esd_fast.evaluation.clip import TEMPLATES
 from esd_fast.evaluation.inversion import InversionConfig
-from esd_fast.evaluation.resistance import EmbeddedJudge, Resistance, Target
+from esd_fast.evaluation.resistance import Resistance, Target, Witness
 from esd_fast.generate import Shot, pictures
 from esd_fast.models import load_model
 
 from . import pipelines
+from .evaluation.tiny_clip import write_tiny_clip
 from .pipelines import assert_same_weights, weights
 
 one_thread = pipelines.one_thread
@@ -37,13 +40,17 @@ ATTACKS = (
 EXAMPLES = np.random.default_rng(1).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
 
 
-class Brightest:
-    """Recognises pictures that are brighter than a grey."""
+class Brightness:
+    """Recognises an apple in pictures that are brighter than a grey."""
 
-    name = "brightness"
+    told: ClassVar[dict[str, Any]] = {"detector": "brightness", "version": "1", "threshold": 127}
 
-    def recognise(self, pictures: np.ndarray) -> Sequence[bool]:
-        return [bool(p.mean() > 127) for p in pictures]
+    def knows(self, concept: str) -> bool:
+        return concept == "apple"
+
+    def shows(self, pictures: Sequence[np.ndarray], concepts: Sequence[str]) -> np.ndarray:
+        assert list(concepts) == ["apple"]
+        return np.array([[p.mean() > 127] for p in pictures])
 
 
 def moved() -> Erasure:
@@ -63,7 +70,7 @@ def test_every_attack_before_and_after() -> None:
     pipe.set_progress_bar_config(disable=True)
     model = load_model(pipe, EraseConfig(concept="x"))
     erasure, before = moved(), weights(pipe)
-    target = Target("red apple", ATTACKS, EXAMPLES, Brightest())
+    target = Target("red apple", ATTACKS, EXAMPLES, Witness(Brightness(), "apple"))
     plain, negative, inversion = TINY.measure(model, erasure, target)
     assert_same_weights(pipe, before)
     for outcome in (plain, negative, inversion):
@@ -145,12 +152,6 @@ def test_paraphrases_of_ones_own() -> None:
     assert all("style of {}" in prompt for prompt in attacks[-1].prompts)
 
 
-def test_the_judge_looks_for_one_concept() -> None:
-    drawn = np.zeros((3, 64, 64, 3), dtype=np.uint8)
-    for concept in ("cat", "ink"):
-        assert len(EmbeddedJudge(concept).recognise(drawn)) == 3
-
-
 # --- the command ---------------------------------------------------------------------------------
 
 
@@ -218,9 +219,88 @@ def test_command_on_another_model_with_pictures_of_ones_own(
     assert len(list((tmp_path / "out" / "after").glob("*.png"))) == 2 * len(told["attacks"])
 
 
+def test_what_the_judge_does_not_know_is_not_counted(
+    run: Any, erased_cat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(erased_cat, *QUICK, "--concept", "a mountain", "--control", "ink style") == 0
+    assert "not known to it" in capsys.readouterr().out
+    told = json.loads((tmp_path / "attack-a-mountain" / "attack.json").read_text())
+    assert told["recogniser"]["detector"] == "the embedded model's judge"
+    *mountain, ink = told["attacks"]
+    assert {row["before"] for row in mountain} == {None}
+    assert ink["before"]["images"] == 2
+
+
+@torch.no_grad()
+def clips_choice(clip: Path, pictures: Sequence[Path], sentences: Sequence[str]) -> list[int]:
+    """Which sentence CLIPModel's own logits prefer for each picture."""
+    words = CLIPTokenizer.from_pretrained(clip)(sentences, padding=True, return_tensors="pt")
+    images = CLIPImageProcessorPil.from_pretrained(clip)(
+        [Image.open(p) for p in pictures], return_tensors="pt"
+    )
+    model = CLIPModel.from_pretrained(clip).eval()
+    return model(**words, **images).logits_per_image.argmax(-1).tolist()
+
+
+def test_clip_counts_on_another_model(
+    run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The pictures that were counted, written by a run that nobody counts, shown to CLIPModel."""
+    erasure = Erasure(moved().tensors, {"concept": "Van Gogh"}).save(tmp_path)
+    (tmp_path / "mine").mkdir()
+    Image.fromarray(EXAMPLES[0]).save(tmp_path / "mine" / "0.png")
+    clip = write_tiny_clip(tmp_path / "clip")
+    common = (erasure, "--model", pipelines.GOLDEN / "sd-ddim", *QUICK, "--images", 3)
+    common += ("--learnable-property", "style", "--train-data-dir", "mine")
+    assert run(*common, "--output", "uncounted") == 0
+    capsys.readouterr()
+    styles = ["Monet", "Hokusai", "Van Gogh"]
+    named = ("--style", styles[0], "--style", styles[1])
+    assert run(*common, "--clip", clip, *named, "--output", "counted") == 0
+    text = capsys.readouterr().out
+    assert f"recognised by CLIP {clip} (clip, transformers" in text
+    assert "the most similar of 3 styles" in text
+
+    told = json.loads((tmp_path / "counted" / "attack.json").read_text())
+    assert told["recogniser"]["detector"] == f"CLIP {clip}"
+    sentences = [TEMPLATES["style"].format(style) for style in styles]
+    assert sentences[2] == "a picture in the style of Van Gogh"
+    for row in told["attacks"]:
+        name = f"Van-Gogh-{row['attack'].replace(' ', '-')}"
+        for when in ("before", "after"):
+            files = [tmp_path / "uncounted" / when / f"{name}-{i}.png" for i in range(3)]
+            expected = clips_choice(clip, files, sentences).count(2)
+            assert row[when]["recognised"] == expected, (row["attack"], when)
+
+
+def test_clip_is_refused_where_it_has_nothing_to_choose_from(
+    run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("esd_fast.models.load_model", lambda *_: pytest.fail("loaded"))
+    erasure = moved().save(tmp_path)
+    (tmp_path / "clip").mkdir()
+    model = ("--model", pipelines.GOLDEN / "sd-ddim", "--clip", "clip")
+    refusal = "--clip has nothing to tell the object 'red apple' from; name other objects"
+    assert run(erasure, *model) == 2
+    error = capsys.readouterr().err
+    assert refusal in error
+    assert "--learnable-property" not in error
+    assert run(erasure, *model, "--style", "Monet", "--style", "ink") == 2
+    error = capsys.readouterr().err
+    assert refusal in error
+    assert error.endswith("; where it is a style: --learnable-property style\n")
+    assert run(erasure, *model, "--object", "pear", "--control", "ink style") == 2
+    assert "to tell the style 'ink style' from; name other styles" in capsys.readouterr().err
+    assert run(erasure, *model, "--object", "pear") == 1
+    assert "clip" in capsys.readouterr().err  # an empty folder is no CLIP, before anything else
+    assert not (tmp_path / "attack-red-apple").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (("--clip", "./no/clip"), "--clip './no/clip' is no folder"),
+        (("--object", "dog"), "--object and --style say what --clip tells apart; give --clip too"),
         (("--images", 0), "--images is 0; it must be a whole number from 1"),
         (("--max-train-steps", 0), "--max-train-steps is 0; it must be a whole number from 1"),
         (("--learning-rate", "nan"), "--learning-rate is nan; it must be a finite number"),

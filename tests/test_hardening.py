@@ -14,9 +14,9 @@ from esd_fast.commands import train as command
 from esd_fast.commands.console import Bars
 from esd_fast.config import EraseConfig
 from esd_fast.esd import EraseInterrupted, Progress, run
+from esd_fast.evaluation.embedded_judge import EmbeddedJudge
 from esd_fast.evaluation.inversion import InversionConfig, invert
 from esd_fast.evaluation.placeholder import Placeholder
-from esd_fast.evaluation.resistance import EmbeddedJudge
 from esd_fast.hardening import Adversary, harden
 from esd_fast.models import load_model
 
@@ -107,7 +107,7 @@ def test_the_command_draws_its_adversaries_before(monkeypatch: pytest.MonkeyPatc
     assert ink.templates[-1] == "a picture in {} style"
     for concept, adversary in (("cat", cat), ("ink", ink)):
         assert adversary.examples.shape == (16, 64, 64, 3)
-        assert sum(EmbeddedJudge(concept).recognise(adversary.examples)) >= 14
+        assert EmbeddedJudge().shows(adversary.examples, [concept]).sum() >= 14
 
 
 def test_bad_rounds_are_refused(

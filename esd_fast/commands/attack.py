@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esd_fast.config import check_count, check_number, refuse
-from esd_fast.demo import world
+from esd_fast.demo import is_embedded, world
 from esd_fast.pages import keep_pages
 from esd_fast.prompt_list import read_prompts
 from esd_fast.prompts import clean_prompt, safe_name
@@ -18,6 +19,7 @@ from esd_fast.prompts import clean_prompt, safe_name
 from .console import Bars, quiet_libraries
 from .drawing import check_drawing, drawing_settings, place_of
 from .generate import check_erasures, output_folder
+from .recognising import check_clip, recogniser_of, told_apart, witness_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
     from esd_fast.config import EraseConfig
     from esd_fast.erasure import Erasure
     from esd_fast.evaluation.pictures import ComparisonRow
-    from esd_fast.evaluation.resistance import Outcome, Resistance, Target, Tell
+    from esd_fast.evaluation.recogniser import Recogniser
+    from esd_fast.evaluation.resistance import Outcome, Resistance, Target, Tell, Witness
     from esd_fast.models import Model
 
 IMAGES_EMBEDDED, IMAGES_OTHERS = 64, 4
@@ -44,6 +47,9 @@ def attack(arguments: argparse.Namespace) -> int:
 
     erasure = load(arguments.erasure, place.allow_pickle)
     concepts = concepts_of(arguments, erasure)
+    control = arguments.control or control_for(arguments, concepts)
+    apart = told_apart(arguments, [*concepts, *filter(None, [control])])
+    recogniser = recogniser_of(arguments, apart)
     folder = output_folder(arguments.output or f"attack-{safe_name(', '.join(concepts))}")
     model = load_model(arguments.model, place)
     check_erasures([(Path(arguments.erasure), erasure)], model)
@@ -57,16 +63,17 @@ def attack(arguments: argparse.Namespace) -> int:
             bars.close()  # the next attack's bar is a new one
 
     tell = None if arguments.json else show
+    witness = functools.partial(witness_of, recogniser, apart)
     outcomes: list[Outcome] = []
     rows: list[ComparisonRow] = []
     try:
-        for target in targets_of(arguments, model, concepts, resistance, tell):
+        for target in targets_of(arguments, model, concepts, control, resistance, witness, tell):
             found = resistance.measure(model, erasure, target, tell)
             outcomes += found
             rows += comparison_rows(target, found, COLUMNS)
     finally:
         bars.close()
-    told = as_dict(arguments, concepts, resistance, outcomes)
+    told = as_dict(arguments, concepts, recogniser, resistance, outcomes)
     write(folder, told, rows, outcomes)
     print(json.dumps(told, indent=1) if arguments.json else as_text(told, folder))
     return 0
@@ -84,6 +91,7 @@ def checked(arguments: argparse.Namespace) -> EraseConfig:
     for name in ("images", "max_train_steps", "train_batch_size"):
         if getattr(arguments, name) is not None:
             check_count("--" + name.replace("_", "-"), getattr(arguments, name))
+    check_clip(arguments)
     check_number("--learning-rate", arguments.learning_rate, above=0.0)
     for name in ("concept", "control"):
         if getattr(arguments, name) is not None:
@@ -128,12 +136,14 @@ def targets_of(
     arguments: argparse.Namespace,
     model: Model,
     concepts: Sequence[str],
+    control: str | None,
     resistance: Resistance,
+    witness: Callable[[str], Witness | None],
     tell: Tell | None,
 ) -> Iterator[Target]:
     """Each concept, then one that nobody erased: there inversion has to work, before and after."""
     from esd_fast.evaluation.attacks import attacks_on
-    from esd_fast.evaluation.resistance import EmbeddedJudge, Target
+    from esd_fast.evaluation.resistance import Target
 
     def target(text: str, folder: str | None, paraphrases: Sequence[str] = ()) -> Target:
         known = world.named_in(text) if model.source == "embedded" else None
@@ -143,11 +153,10 @@ def targets_of(
         else:
             prompts = attacks[0].prompts
             examples = resistance.drawn(model, prompts, None, tell, EXAMPLES, EXAMPLES_SEED)
-        return Target(text, tuple(attacks), examples, EmbeddedJudge(known) if known else None)
+        return Target(text, tuple(attacks), examples, witness(known or text))
 
     for concept in concepts:
         yield target(concept, arguments.train_data_dir, arguments.paraphrases or ())
-    control = arguments.control or control_for(model, concepts)
     if control:
         of_control = target(control, None)
         inversion = next(a for a in of_control.attacks if a.learned)
@@ -155,9 +164,9 @@ def targets_of(
         yield dataclasses.replace(of_control, attacks=(named,))
 
 
-def control_for(model: Model, concepts: Sequence[str]) -> str | None:
+def control_for(arguments: argparse.Namespace, concepts: Sequence[str]) -> str | None:
     """On the embedded model another object or style; elsewhere none unless it is said."""
-    known = world.all_named_in(concepts) if model.source == "embedded" else []
+    known = world.all_named_in(concepts) if is_embedded(arguments.model) else []
     if not known:
         return None
     choice = ("sepia", "ink") if known[0] in world.STYLES else ("dog", "banana")
@@ -195,15 +204,15 @@ def read_pictures(folder: str, side: int) -> np.ndarray:
 def as_dict(
     arguments: argparse.Namespace,
     concepts: Sequence[str],
+    recogniser: Recogniser | None,
     resistance: Resistance,
     outcomes: Sequence[Outcome],
 ) -> dict[str, Any]:
-    recognisers = {o.recogniser for o in outcomes if o.recogniser}
     return {
         "erasure": arguments.erasure,
         "model": arguments.model or "embedded",
         "concepts": list(concepts),
-        "recogniser": " and ".join(sorted(recognisers)) or None,
+        "recogniser": None if recogniser is None else recogniser.told,
         "images": resistance.images,
         "seed": resistance.seed,
         "drawing": {k: v for k, v in resistance.settings.items() if k != "batch_size"},
@@ -236,12 +245,17 @@ def rate_of(seen: Sequence[bool] | None) -> dict[str, Any] | None:
 
 
 def as_text(told: dict[str, Any], folder: Path) -> str:
-    judge = told["recogniser"]
+    who = told["recogniser"]
     lines = [f"{told['erasure']} on {told['model']}: does it come back?"]
-    if judge is None:
-        lines.append("  nobody here recognises it, so no rate is claimed: look at the pictures")
+    if who is None:
+        lines.append(
+            "  nobody here recognises it, so no rate is claimed: look at the pictures, or give --clip"
+        )
     else:
-        lines.append(f"  recognised by {judge} in {told['images']} pictures each (95% interval):")
+        lines.append(
+            f"  recognised by {who['detector']} ({who['version']}; {who['threshold']})\n"
+            f"  in {told['images']} pictures each (95% interval):"
+        )
         lines.append(f"  {'':<14}{'':<28}{'before':<21}after")
         for row in told["attacks"]:
             was, now = (shown(row[k]) for k in ("before", "after"))
@@ -249,7 +263,9 @@ def as_text(told: dict[str, Any], folder: Path) -> str:
     return "\n".join([*lines, f"  pictures and learnt tokens: {folder}"])
 
 
-def shown(rate: dict[str, Any]) -> str:
+def shown(rate: dict[str, Any] | None) -> str:
+    if rate is None:
+        return "not known to it"
     return f"{rate['rate']:4.0%} ({rate['low']:.0%} to {rate['high']:.0%})"
 
 

@@ -22,6 +22,7 @@ from .generate import (
     output_folder,
     variants_of,
 )
+from .recognising import check_clip
 
 if TYPE_CHECKING:
     from esd_fast.erasure import Erasure
@@ -72,15 +73,9 @@ def check(arguments: argparse.Namespace) -> None:
         folder = getattr(arguments, name)
         if folder is not None and not Path(folder).is_dir():
             raise FileNotFoundError(f"--{name} {folder!r} is no folder")
-    if arguments.clip is not None and looks_local(arguments.clip):
-        raise FileNotFoundError(f"--clip {arguments.clip!r} is no folder")
+    check_clip(arguments)
     if arguments.inception is not None and not Path(arguments.inception).is_file():
         raise FileNotFoundError(f"--inception {arguments.inception!r} does not exist")
-
-
-def looks_local(name: str) -> bool:
-    """A path to nothing; anything else may be a hub id."""
-    return not Path(name).is_dir() and (name.count("/") > 1 or name.startswith((".", "/", "~")))
 
 
 def output_of(arguments: argparse.Namespace) -> str:

@@ -12,6 +12,7 @@ import torch
 from .concepts import OBJECT, STYLE, Concepts
 from .recogniser import refuse_unknown
 
+BATCH = 64
 # for want of classes of its own a picture is compared with one sentence a concept
 TEMPLATES = {OBJECT: "a photo of a {}", STYLE: "a picture in the style of {}"}
 
@@ -109,7 +110,9 @@ class ClipRecogniser:
 
     def shows(self, pictures: Sequence[np.ndarray], concepts: Sequence[str]) -> np.ndarray:
         refuse_unknown(self, concepts)
-        return self.of_embeddings(self.clip.pictures(pictures), concepts)
+        batches = [pictures[first : first + BATCH] for first in range(0, len(pictures), BATCH)]
+        rows = [self.of_embeddings(self.clip.pictures(batch), concepts) for batch in batches]
+        return np.concatenate([np.zeros((0, len(concepts)), dtype=bool), *rows])
 
     def of_embeddings(self, embeddings: torch.Tensor, concepts: Sequence[str]) -> np.ndarray:
         """The same for pictures whose embeddings (N, D) are there already."""

@@ -63,10 +63,10 @@ def erased_among(concept: str, concepts: Concepts) -> tuple[str, ...]:
     return named(concept, concepts) or tuple(c for c in concepts if named(c, [concept]))
 
 
-def with_erased(concepts: Concepts, erased: Sequence[str]) -> dict[str, str]:
-    """And those of `erased` that name none of them: as an object, or "... style" as a style."""
+def with_erased(concepts: Concepts, erased: Sequence[str], domain: str = OBJECT) -> dict[str, str]:
+    """And those of `erased` that name none of them: of `domain`, or "... style" as a style."""
     found = dict(concepts)
     for concept in erased:
         if concept and not erased_among(concept, found):
-            found[concept] = STYLE if concept.casefold().endswith("style") else OBJECT
+            found[concept] = STYLE if concept.casefold().endswith("style") else domain
     return found

@@ -107,6 +107,7 @@ def render_html(
         _headline(report, concept),
         _interrupted(report),
         _cards(report),
+        _hardening(report),
         _before_after(before_after),
         _erased_by_concept(report),
         concept_table(mapping(mapping(report, "kept"), "by_concept")),
@@ -242,6 +243,25 @@ def _memory_card(peak: object) -> Html | None:
     return card(
         "Peak memory", data(peak, f"{size / 2**20:,.0f} MiB"), note_line("at the highest moment")
     )
+
+
+def _hardening(report: Mapping[str, Any]) -> Html | None:
+    """The passes of the cards are the last erasure's alone."""
+    told, tokens = mapping(report, "hardening"), report.get("extra_concepts")
+    facts = ((told.get("rounds"), "round"), (tokens, "token"), (told.get("unet_passes"), "pass"))
+    shown = [
+        data(value, counted(n, thing)) for value, thing in facts if (n := number(value)) is not None
+    ]
+    if len(shown) < len(facts):
+        return None
+    rounds, learnt, passes = shown
+    note = join((rounds, " of concept inversion; ", learnt, " found and erased as well; "))
+    return section("Hardening", note=join((note, passes, " of the UNet in all.")))
+
+
+def counted(count: float, thing: str) -> str:
+    plural = thing + ("es" if thing.endswith("s") else "s")
+    return f"{short(count)} {thing if count == 1 else plural}"
 
 
 def _before_after(content: bytes | None) -> Html | None:

@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from esd_fast.demo import model_path, world
-from esd_fast.demo.judge import load_judge
-from esd_fast.demo.judge import recognise as judge_sees
 from esd_fast.erasure import Erasure, unet_of
 from esd_fast.generate import Shot, pictures, to_pil
 
@@ -20,6 +16,7 @@ from .attacks import Attack
 from .inversion import InversionConfig, LearnedToken, invert
 from .pictures import ComparisonRow
 from .placeholder import Placeholder
+from .recogniser import Recogniser
 
 if TYPE_CHECKING:
     from esd_fast.models import Model
@@ -27,30 +24,17 @@ if TYPE_CHECKING:
 Tell = Callable[[str, int, int], None]  # what is done, how much of it, of how much
 
 
-class ConceptRecogniser(Protocol):
-    """Whoever says in which pictures a concept is to be seen."""
+@dataclass(frozen=True)
+class Witness:
+    """Whoever says in which pictures the concept is to be seen."""
 
-    name: str
-    """With its version or weights, for the result."""
+    recogniser: Recogniser
+    concept: str
+    """As the recogniser knows it: "ink" where "ink style" was erased."""
 
-    def recognise(self, pictures: np.ndarray) -> Sequence[bool]:
-        """For each of `pictures` (N, H, W, 3) uint8."""
-        ...
-
-
-class EmbeddedJudge:
-    """The embedded model's judge, looking for one of its objects or styles."""
-
-    name = "the embedded model's judge"
-
-    def __init__(self, concept: str) -> None:
-        self.concept, self.judge = concept, load_judge(model_path())
-
-    def recognise(self, pictures: np.ndarray) -> Sequence[bool]:
-        tensor = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-        verdict = judge_sees(self.judge, tensor)
-        seen = verdict.styles if self.concept in world.STYLES else verdict.objects
-        return [name == self.concept for name in seen]
+    def sees(self, drawn: np.ndarray) -> tuple[bool, ...]:
+        """For each of `drawn` (N, H, W, 3) uint8."""
+        return tuple(self.recogniser.shows([*drawn], [self.concept])[:, 0].tolist())
 
 
 @dataclass(frozen=True)
@@ -61,7 +45,7 @@ class Target:
     attacks: tuple[Attack, ...]
     examples: np.ndarray
     """(N, H, W, 3) uint8 that show it: what inversion learns from."""
-    recogniser: ConceptRecogniser | None = None
+    witness: Witness | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +58,6 @@ class Outcome:
     after: np.ndarray
     seen_before: tuple[bool, ...] | None
     seen_after: tuple[bool, ...] | None
-    recogniser: str | None = None
     tokens: tuple[LearnedToken, ...] = ()
     """Before and after; empty where nothing is learnt."""
 
@@ -98,16 +81,15 @@ class Resistance:
         before = [self.attacked(model, a, target.examples, tell) for a in target.attacks]
         with in_place(erasure, model):
             after = [self.attacked(model, a, target.examples, tell) for a in target.attacks]
-        judge = target.recogniser
+        sees = target.witness.sees if target.witness else lambda _: None
         return [
             Outcome(
                 target.concept,
                 attack,
                 was,
                 now,
-                seen_by(judge, was),
-                seen_by(judge, now),
-                None if judge is None else judge.name,
+                sees(was),
+                sees(now),
                 tuple(token for token in (then, later) if token is not None),
             )
             for attack, (was, then), (now, later) in zip(target.attacks, before, after, strict=True)
@@ -153,10 +135,6 @@ class Resistance:
             **self.settings,
         )
         return np.stack(list(stream))
-
-
-def seen_by(recogniser: ConceptRecogniser | None, drawn: np.ndarray) -> tuple[bool, ...] | None:
-    return None if recogniser is None else tuple(map(bool, recogniser.recognise(drawn)))
 
 
 @contextmanager

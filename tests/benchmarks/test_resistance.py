@@ -28,6 +28,17 @@ def test_rates_and_medians() -> None:
     assert table[-1].endswith("| 50% | 50% |")
 
 
+def test_recipes_in_their_order_and_no_median_of_what_was_not_run() -> None:
+    rows = [row("cat", "fast, hardened", [1, 1]), row("cat", "fast", [1, 0])]
+    rows += [row("flat", "fast", [0, 0]), row("cat", "base", [1, 1]), row("flat", "base", [1, 1])]
+    lines = [line.split(" | ")[:2] for line in suite.table(rows).splitlines()[2:]]
+    assert lines == [
+        *(["| cat", recipe] for recipe in ("base", "fast", "fast, hardened")),
+        *(["| flat", recipe] for recipe in ("base", "fast")),
+        *(["| **median**", recipe] for recipe in ("base", "fast")),
+    ]
+
+
 def test_concepts_are_of_both_kinds() -> None:
     from esd_fast.demo import world
 

@@ -47,7 +47,9 @@ def test_score_is_clips_own_cosine(folder, pictures):
     assert len(set(scores)) == 4
 
 
-def test_recognised_is_the_most_similar_of_its_domain(folder, pictures):
+@pytest.mark.parametrize("batch", [64, 3])
+def test_recognised_is_the_most_similar_of_its_domain(folder, pictures, batch, monkeypatch):
+    monkeypatch.setattr("esd_fast.evaluation.clip.BATCH", batch)
     recogniser = ClipRecogniser(Clip.load(str(folder)), CONCEPTS)
     shown = recogniser.shows(pictures, list(CONCEPTS))
     for row, picture in zip(shown, pictures, strict=True):

@@ -120,6 +120,21 @@ def test_every_number_is_on_the_page(tmp_path):
     assert "128 images" in page.text
 
 
+@pytest.mark.parametrize(
+    ("rounds", "tokens", "said"),
+    [
+        (2, 4, "2 rounds of concept inversion; 4 tokens found and erased as well; 8,000 passes"),
+        (1, 1, "1 round of concept inversion; 1 token found and erased as well; 8,000 passes"),
+    ],
+)
+def test_hardening_in_one_line(tmp_path, rounds, tokens, said):
+    told = {"hardening": {"rounds": rounds, "unet_passes": 8000}, "extra_concepts": tokens}
+    page, _ = written(tmp_path, REPORT | told)
+    assert f"{said} of the UNet in all." in page.text
+    page, _ = written(tmp_path, REPORT | {"hardening": {"rounds": None}})
+    assert "concept inversion" not in page.text
+
+
 def test_intervals_on_the_page_are_wilsons(tmp_path):
     page, _ = written(tmp_path, REPORT)
     for seen, n in ((63, 64), (1, 64), (123, 128), (118, 128)):
