@@ -153,13 +153,16 @@ def test_concepts_of_a_file(tmp_path: Path) -> None:
         config(f"--concepts-file '{tmp_path / 'concepts.txt'}'")
 
 
-@pytest.mark.parametrize(
-    "line", ["--train_method esd-x", "--concept a --prompt b", "--concept a --concepts-file b"]
-)
+@pytest.mark.parametrize("line", ["--concept a --prompt b", "--concept a --concepts-file b"])
 def test_one_concept_is_named(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parser().parse_args(["train", *shlex.split(line)])
     assert "--prompt" in capsys.readouterr().err
+
+
+def test_a_concept_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--train_method", "esd-x"]) == 2
+    assert "what to erase is missing: --concept" in capsys.readouterr().err
 
 
 def test_file_names() -> None:
