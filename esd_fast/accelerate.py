@@ -227,7 +227,8 @@ def accelerate(
         else:
             done.skipped["channels_last"] = "torch's GroupNorm does not keep it"
         _attention(done, device, latent_size, batch)
-        _places(done, "attention_calls", _attentions(unet), "direct")
+        if {type(p) for p in done.unet.attn_processors.values()} == {AttnProcessor2_0}:  # type: ignore[operator]
+            _places(done, "attention_calls", _attentions(unet), "direct")
     except BaseException:
         done.undo()
         raise

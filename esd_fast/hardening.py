@@ -54,7 +54,7 @@ def harden(
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Erasure:
     """`run` with `rounds` rounds of hardening, an adversary for each concept; `config.iterations`
-    of the first run are taken again for each token.
+    of the first run are taken once more for each round so far.
 
     The manifest's "hardening" says rounds, seconds, UNet passes, and each round's inversion loss.
     Raises as `run` does; EraseInterrupted has the last round's erasure.

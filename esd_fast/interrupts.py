@@ -21,16 +21,18 @@ def held_back() -> Iterator[None]:
     def holding(before: Any) -> Any:
         return lambda signal_number, frame: came.append((before, signal_number, frame))
 
-    with ExitStack() as stack:  # puts back one after the other, whatever comes between
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                before = signal.getsignal(number)
-                if callable(before):
-                    stack.callback(signal.signal, number, before)
-                    signal.signal(number, holding(before))
-        yield
-    for handler, signal_number, frame in came[:1]:
-        handler(signal_number, frame)
+    try:
+        with ExitStack() as stack:  # puts back one after the other, whatever comes between
+            if threading.current_thread() is threading.main_thread():
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    before = signal.getsignal(number)
+                    if callable(before):
+                        stack.callback(signal.signal, number, before)
+                        signal.signal(number, holding(before))
+            yield
+    finally:  # after an error too
+        for handler, signal_number, frame in came[:1]:
+            handler(signal_number, frame)
 
 
 @contextmanager

@@ -325,7 +325,7 @@ def group_norm_silu(
 
     `x` is (N, C, H, W), `weight` and `bias` (C,), each float32, bfloat16 or float16. The result has x's dtype
     and is channels_last; on the CPU it is so where x is, and contiguous else. An x of another layout is copied
-    first. All three have gradients (first derivatives). Where torch runs it (on the CPU also small pictures),
+    first. All three have gradients (first derivatives). Where torch runs it (on the CPU also small pictures, but channels_last ones in low precision),
     it is torch's own functions, and the layout is theirs.
     """
     if _torch_runs("group_norm_silu", x):
@@ -384,7 +384,8 @@ _OPS = {
         native_cuda=_group_norm_silu.NATIVE_CUDA,
         more_examples=(_group_norm_silu.even_example,),
         torch_is_faster=_group_norm_silu.torch_is_faster,
-        where=f"torch for pictures of fewer than {_group_norm_silu.FEWEST} numbers",
+        where=f"torch for pictures of fewer than {_group_norm_silu.FEWEST} numbers "
+        "but channels_last ones in low precision",
     ),
     "geglu": _Op(
         plain=_geglu.PLAIN,

@@ -302,7 +302,7 @@ def test_which_attention(processor, left, says):
 
 @pytest.mark.parametrize("cross", [None, 12])
 @pytest.mark.parametrize("how", ["plain", "masked", "another processor"])
-def test_attention_is_diffusers_bit_for_bit(cross, how):
+def test_attention_is_diffusers_bit_for_bit(cross, how, monkeypatch):
     attention = Attention(8, cross, heads=2, dim_head=4, processor=AttnProcessor2_0())
     g = torch.Generator().manual_seed(0)
     tokens = torch.randn(2, 5, 8, generator=g, requires_grad=True)
@@ -318,6 +318,8 @@ def test_attention_is_diffusers_bit_for_bit(cross, how):
 
     plain = asked()
     attention.__class__ = fast.DirectAttention
+    if how == "plain":  # diffusers' own forward is not asked
+        monkeypatch.setattr(Attention, "forward", lambda *_, **__: pytest.fail("diffusers'"))
     assert all(same_bits(x, y) for x, y in zip(asked(), plain, strict=True))
 
 
@@ -334,6 +336,16 @@ def test_attention_is_diffusers_bit_for_bit(cross, how):
 def test_attention_of_another_kind_is_left(settings, why):
     assert why in fast._why_not_attention(Attention(8, heads=2, dim_head=4, **settings))
     assert fast._why_not_attention(Attention(8, heads=2, dim_head=4)) == ""
+
+
+def test_direct_attention_is_told_where_it_is_taken():
+    unet = unet_of("sd1")
+    with accelerate(unet) as done:
+        assert done.changed["attention_calls"].endswith("places: direct")
+    unet.set_attn_processor(SlicedAttnProcessor(2))
+    with accelerate(unet) as done:
+        assert "attention_calls" not in done.paths_taken()
+        assert "SlicedAttnProcessor was chosen" in done.paths_taken()["attention"]
 
 
 def test_attention_shapes():

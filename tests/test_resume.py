@@ -478,6 +478,17 @@ def test_a_signal_that_was_held_back_comes_once() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_signal_that_was_held_back_comes_after_an_error_too() -> None:
+    def work() -> None:
+        with held_back():
+            os.kill(os.getpid(), signal.SIGINT)
+            raise NonFiniteLoss("within")
+
+    with pytest.raises(KeyboardInterrupt) as came:
+        work()
+    assert isinstance(came.value.__context__, NonFiniteLoss)
+
+
 def test_an_interrupt_before_the_state_was_taken_up_leaves_it(
     tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -502,7 +513,6 @@ def killed_run(folder: str, within_write: int) -> None:
     """In a process of its own, which kills itself within that write, if any."""
     torch.set_num_threads(1)
     writes = iter(range(1000))
-    ops.forced("torch").__enter__()  # to its end: it may find the source folder, without the module
 
     def writing(target: Path, tensors: Any, metadata: Any) -> None:
         number, halfway = next(writes), sorted(tensors)[len(tensors) // 2]
@@ -516,7 +526,8 @@ def killed_run(folder: str, within_write: int) -> None:
     run_state.write_tensors = writing
     place = Path(folder)
     again = {"resume": place} if checkpoints_in(place) else {"folder": place}
-    erase(**again, checkpoint_every=1, iterations=STEPS)  # type: ignore[arg-type]
+    with ops.forced("torch"):  # it may find the source folder, without the native module
+        erase(**again, checkpoint_every=1, iterations=STEPS)  # type: ignore[arg-type]
 
 
 def test_killed_again_and_again(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def checked(arguments: argparse.Namespace) -> EraseConfig:
             setattr(arguments, name, clean_prompt(f"--{name}", getattr(arguments, name)))
     if arguments.paraphrases is not None:
         arguments.paraphrases = [case.prompt for case in read_prompts(arguments.paraphrases)]
-    if arguments.train_data_dir is not None and not picture_files(arguments.train_data_dir):
+    if arguments.train_data_dir is not None and not pictures_there(arguments.train_data_dir):
         refuse("--train-data-dir", arguments.train_data_dir, "a folder with pictures in it")
     return place_of(arguments)
 
@@ -174,11 +174,10 @@ def control_for(arguments: argparse.Namespace, concepts: Sequence[str]) -> str |
     return f"{control} style" if control in world.STYLES else control
 
 
-def picture_files(folder: str) -> list[Path]:
-    from PIL import Image
+def pictures_there(folder: str) -> bool:
+    from esd_fast.evaluation.pictures import picture_files
 
-    known = Image.registered_extensions()
-    return sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in known)
+    return Path(folder).is_dir() and bool(picture_files(Path(folder)))
 
 
 def read_pictures(folder: str, side: int) -> np.ndarray:
@@ -187,12 +186,14 @@ def read_pictures(folder: str, side: int) -> np.ndarray:
     import numpy as np
     from PIL import Image, ImageOps
 
+    from esd_fast.evaluation.pictures import picture_files
+
     read = []
-    for file in picture_files(folder):
+    for file in picture_files(Path(folder)):
         try:
             with Image.open(file) as picture:
                 whole = ImageOps.exif_transpose(picture).convert("RGB")
-        except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"{file} is no picture: {error}") from None
         read.append(np.asarray(ImageOps.fit(whole, (side, side), Image.Resampling.LANCZOS)))
     return np.stack(read)

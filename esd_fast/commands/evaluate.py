@@ -52,8 +52,10 @@ def evaluate(arguments: argparse.Namespace) -> int:
     concepts = with_erased(concepts, arguments.erased or said)
     subject = Subject.of(drawn, concepts, arguments.erased or ())
     bars = Bars()
-    told, interference = measure(subject, metrics, lacking, bars.drawing)
-    bars.close()
+    try:
+        told, interference = measure(subject, metrics, lacking, bars.drawing)
+    finally:
+        bars.close()
     page = write_evaluation(Path(output_of(arguments)), subject, told, interference)
     print(as_text(told, page))
     return 0
@@ -73,6 +75,14 @@ def check(arguments: argparse.Namespace) -> None:
         folder = getattr(arguments, name)
         if folder is not None and not Path(folder).is_dir():
             raise FileNotFoundError(f"--{name} {folder!r} is no folder")
+    if arguments.reference is not None:
+        from esd_fast.evaluation.pictures import picture_files
+
+        count = len(picture_files(Path(arguments.reference)))
+        if count < 2:  # a spread is asked for
+            refuse(
+                "--reference", arguments.reference, f"a folder of 2 pictures or more, not {count}"
+            )
     check_clip(arguments)
     if arguments.inception is not None and not Path(arguments.inception).is_file():
         raise FileNotFoundError(f"--inception {arguments.inception!r} does not exist")

@@ -52,10 +52,10 @@ def train(arguments: argparse.Namespace) -> int:
     from esd_fast.models import load_model
     from esd_fast.run_state import Checkpoints, forget_checkpoints
 
-    if resume is None:
-        forget_checkpoints(folder)  # --overwrite was said
     checkpoints = Checkpoints.of(folder, arguments.checkpoint_every, resume)
     model = load_model(arguments.model, config)
+    if resume is None:
+        forget_checkpoints(folder)  # --overwrite was said
     config = config.with_recipe(model.family)
     loaded = time.time() - started
     columns = columns_of(arguments.pictures, model)

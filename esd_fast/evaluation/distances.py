@@ -37,7 +37,8 @@ def cached(name: str) -> Path:
 
 
 def check_plain(file: Path) -> None:
-    """The libraries unpickle their weights, which may run code: only tensors get that far."""
+    """The libraries unpickle their weights, which may run code: of a file that is there only
+    tensors get that far; what they download themselves is theirs to vouch for."""
     try:
         torch.load(file, weights_only=True, map_location="meta")
     except (UnpicklingError, RuntimeError, OSError, EOFError) as error:

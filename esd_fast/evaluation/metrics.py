@@ -20,6 +20,7 @@ from . import distances
 from .concepts import Concepts, asked, erased_among
 from .drawn import Drawn, DrawnFolder, DrawnPicture
 from .nudity import THRESHOLD, NudeNet
+from .pictures import picture_files
 from .recogniser import Recogniser
 from .retention import InterferenceRow, Questions, interference_row, retention
 
@@ -170,7 +171,7 @@ def means(was: Sequence[float], now: Sequence[float]) -> dict[str, Any]:
 
 
 class Nudity:
-    """NudeNet's detections by class, and the pictures that have any."""
+    """NudeNet's detections by class."""
 
     def __init__(self, settings: Settings, _: bool) -> None:
         if importlib.util.find_spec("nudenet") is None:
@@ -308,10 +309,9 @@ def same_sized(
 
 def pictures_in(folder: Path) -> Iterator[list[np.ndarray]]:
     """Each of a folder of any pictures, alone: they may be of any size."""
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
-            with Image.open(path) as image:
-                yield [np.asarray(image.convert("RGB"))]
+    for path in picture_files(folder):
+        with Image.open(path) as image:
+            yield [np.asarray(image.convert("RGB"))]
 
 
 # --- which ---------------------------------------------------------------------------------------

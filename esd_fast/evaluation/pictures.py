@@ -362,6 +362,12 @@ def _step_ticks(count: int) -> list[int]:
 # --- files -------------------------------------------------------------------------------------
 
 
+def picture_files(folder: Path) -> list[Path]:
+    """The pictures that lie in a folder: kinds that Pillow reads by itself, no program called."""
+    kinds = (".png", ".jpg", ".jpeg", ".webp")
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in kinds)
+
+
 def save_png(
     image: Image.Image, path: str | Path, metadata: Mapping[str, str] | None = None
 ) -> Path:
