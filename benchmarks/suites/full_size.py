@@ -26,30 +26,34 @@ from rows import Row
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-RESOLUTION, STEPS, ITERATIONS = 256, 4, 4
 MEMORY_TARGET = 5e9
+
+
+@dataclass(frozen=True)
+class Size:
+    resolution: int
+    steps: int  # of a trajectory
+    iterations: int
+
+
+QUICK = Size(64, 2, 2)
+ON_CPU = Size(256, 4, 4)
+ON_GPU = Size(512, 50, 200)  # what both do by default
 
 
 @dataclass(frozen=True)
 class Job:
     folder: str
     device: str
-    resolution: int
-    steps: int
-    iterations: int
+    size: Size
 
 
 def run(settings: Settings) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "sd1"
         in_fresh_process(write_checkpoint, str(checkpoint), settings.quick)
-        job = Job(
-            str(checkpoint),
-            settings.device,
-            resolution=64 if settings.quick else RESOLUTION,
-            steps=2 if settings.quick else STEPS,
-            iterations=2 if settings.quick else ITERATIONS,
-        )
+        at_size = ON_CPU if torch.device(settings.device).type == "cpu" else ON_GPU
+        job = Job(str(checkpoint), settings.device, QUICK if settings.quick else at_size)
         yield row_of("esd_fast", job, command_line(job, Path(folder) / "out"))
         yield row_of("reference", job, in_fresh_process(reference, job))
 
@@ -57,12 +61,12 @@ def run(settings: Settings) -> Iterator[Row]:
 def row_of(contestant: str, job: Job, measured: dict[str, Any]) -> Row:
     return Row(
         suite="full-size",
-        case=f"SD 1.x, {job.resolution} px, {job.iterations} samples",
+        case=f"SD 1.x, {job.size.resolution} px, {job.size.iterations} samples",
         contestant=contestant,
         device=job.device,
         dtype="bfloat16",
         repeats=1,
-        samples_per_second=job.iterations / measured["seconds"],
+        samples_per_second=job.size.iterations / measured["seconds"],
         **measured,
     )
 
@@ -71,8 +75,8 @@ def command_line(job: Job, output: Path) -> dict[str, Any]:
     """`esd-fast train` as a user starts it; `seconds` are those of collect and fit."""
     command = [sys.executable, "-m", "esd_fast.cli", "train", "--concept", "a red bicycle"]
     command += ["--model", job.folder, "--output", str(output), "--device", job.device]
-    command += ["--dtype", "bfloat16", "--resolution", str(job.resolution), "--pictures", "0"]
-    command += ["--iterations", str(job.iterations), "--num-inference-steps", str(job.steps)]
+    command += ["--dtype", "bfloat16", "--resolution", str(job.size.resolution), "--pictures", "0"]
+    command += ["--iterations", str(job.size.iterations), "--num-inference-steps", str(job.size.steps)]
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     subprocess.run(command, check=True, env=environment)
@@ -104,9 +108,9 @@ def reference(job: Job) -> dict[str, Any]:
     ).to(job.device)
     settings = reference_loop.LoopSettings(
         concept="a red bicycle",
-        iterations=job.iterations,
-        num_inference_steps=job.steps,
-        resolution=job.resolution,
+        iterations=job.size.iterations,
+        num_inference_steps=job.size.steps,
+        resolution=job.size.resolution,
     )
     begun = time.perf_counter()
     result = reference_loop.reference(pipeline, settings)
