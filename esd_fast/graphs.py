@@ -7,7 +7,8 @@ must not wait for the device, and what Python does in it is done once: hence the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -59,6 +60,7 @@ class CudaCapture:
         with (
             torch.cuda.device(self.device),
             torch.cuda.stream(torch.cuda.current_stream(self.device)),
+            generator_put_back_on_failure(),
             torch.cuda.graph(graph, pool=self.pool, stream=self.side),
         ):
             stage()
@@ -69,6 +71,19 @@ class CudaCapture:
             torch.cuda.synchronize()  # replays may still run
             torch.cuda.empty_cache()
         self.pool = torch.cuda.graph_pool_handle()
+
+
+@contextmanager
+def generator_put_back_on_failure() -> Iterator[None]:
+    """A capture that fails to end leaves the current device's own generator thinking that it goes on, and every
+    random number of the caller's raises from then on: it gets the state from before, which knows nothing of it."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    before = generator.clone_state()
+    try:
+        yield
+    except BaseException:
+        generator.graphsafe_set_state(before)
+        raise
 
 
 class Twin:
