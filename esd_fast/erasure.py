@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .files import parsed_json, replacing
-from .live import check_held, plain_module
+from .live import check_held, check_idle, plain_module
 from .moves import moves_of
 from .parameters import plain_parameters
 from .prompts import file_part, safe_name
@@ -80,6 +80,7 @@ class Erasure:
         if not math.isfinite(strength):
             raise ValueError(f"strength is {strength!r}; it must be finite: 0 original, 1 erased")
         unet = unet_of(model)
+        check_idle(unet)
         parameters = plain_parameters(unet)
         check_held(parameters)
         check_match(self.tensors, parameters)
@@ -101,6 +102,7 @@ class Erasure:
         import torch
 
         unet = unet_of(model)
+        check_idle(unet)
         original = self._originals.get(unet)
         if original is None:
             raise ValueError(f"{self!r} was not applied to this model: nothing to revert")

@@ -78,7 +78,12 @@ def erase(
     as without a stop (further checkpoints go there too). Raises ValueError for a bad value before
     anything is loaded, EraseInterrupted on Ctrl-C in training, NonFiniteLoss where training went
     wrong, CheckpointError where the folder cannot be written to; in the last three the model is
-    as it was.
+    as it was. RuntimeError, at once, where another thread trains on the same pipeline.
+
+    The caller's random state, default dtype, grad mode, deterministic settings, warnings filters
+    and signal handlers are left alone; erasures on pipelines of their own may run in threads side
+    by side. On the CPU the same seed gives the same bits on the same machine with the same versions
+    and the same `torch.get_num_threads()` (what depends on that number: repeating.py).
     """
     config = EraseConfig.from_preset(preset, concept, model, **settings)
     state = None if resume is None else newest_state(resume)
@@ -167,7 +172,16 @@ def run(
     )
     paths = {"scheduler": teacher.scheduler_path(rollouts)}
     noted = Noted(
-        *(started, identity.base, len(extra), given, held_to, paths, graphs),
+        *(
+            started,
+            torch.get_num_threads(),
+            identity.base,
+            len(extra),
+            given,
+            held_to,
+            paths,
+            graphs,
+        ),
         collect_batch_size=layout.collect_batch_size,
         resumed_at=resume.stops if resume else [],
     )
@@ -304,6 +318,7 @@ class Noted:
     """What the manifest tells of a run besides its numbers."""
 
     started: float  # time.perf_counter()
+    threads: int  # of torch's, in this thread
     base: str  # run_state.base_digest
     extra: int  # concepts that are no texts
     given: list[str]  # what replaced the plan or the words, which no manifest holds
@@ -382,7 +397,7 @@ def finish(
         "seed": config.seed,
         "dtype": str(model.dtype).removeprefix("torch."),
         "collect_batch_size": noted.collect_batch_size,
-        "threads": torch.get_num_threads(),
+        "threads": noted.threads,
         "processor": processor_of(model.device),
         "interrupted": interrupted,
         **({"resumed_at": noted.resumed_at} if noted.resumed_at else {}),
