@@ -22,6 +22,7 @@ import torch
 from .collect import TeacherSamples
 from .config import EraseConfig, Loading
 from .erasure import fingerprint, versions
+from .files import parsed_json
 from .interrupts import held_back
 from .tensor_files import Lazy, bytes_of, open_safetensors, write_tensors
 
@@ -340,7 +341,7 @@ def read_state(file: Path) -> RunState:
     try:
         opened = open_safetensors(file)
         text = opened.metadata[STATE_KEY]
-        said = json.loads(text)
+        said = parsed_json(text, "its state")
         version = said.pop("format")
     except KeyError:
         raise DamagedError(f"{file} is no checkpoint of a run") from None
@@ -354,9 +355,39 @@ def read_state(file: Path) -> RunState:
         raise DamagedError(f"{file} is damaged: its checksum differs")
     try:
         identity = Identity(**said.pop("identity"))
-        return RunState(identity, **said, tensors=opened.tensors)
+        state = RunState(identity, **said, tensors=opened.tensors)
     except (KeyError, TypeError):
         raise DamagedError(f"{file} is damaged: it lacks a part of the state") from None
+    if wrong := wrong_type(state):
+        raise DamagedError(f"{file} is damaged: its {wrong} is of another type")
+    return state
+
+
+def wrong_type(state: RunState) -> str:
+    """The first part of a state that cannot be what it is called; a checksum tells only that nobody
+    changed the file by accident."""
+
+    def all_are(kinds: Any, values: Any, within: type = list) -> bool:
+        if not isinstance(values, within):
+            return False
+        inner: Any = values.values() if isinstance(values, dict) else values
+        return all(isinstance(value, kinds) and not isinstance(value, bool) for value in inner)
+
+    number, phases = (int, float), {"total", "collect", "fit"}
+    identity, seconds = state.identity, state.seconds
+    right = {
+        "config": isinstance(identity.config, dict),
+        "identity": all_are(str, [identity.model, identity.base, identity.arguments]),
+        "losses": all_are(number, state.losses),
+        "skipped": all_are(int, [state.skipped, state.skipped_in_a_row]),
+        "scaler": isinstance(state.scaler, dict),
+        "optimizer": all_are(dict, state.optimizer, dict),
+        "seconds": all_are(number, seconds, dict) and seconds.keys() >= phases,
+        "every": state.every is None or all_are(int, [state.every]),
+        "resumed_at": all_are(int, state.resumed_at),
+        "versions": all_are(str, state.versions, dict),
+    }
+    return next((name for name, fine in right.items() if not fine), "")
 
 
 def config_in(state: RunState) -> EraseConfig:

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from esd_fast.tensor_files import check_sides
+
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -53,8 +55,10 @@ def open_safetensors(path: Path) -> Checkpoint:
     try:
         with safe_open(path, framework="pt") as opened:
             pieces = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            shapes = {name: piece.get_shape() for name, piece in pieces.items()}
+            check_sides(path, shapes.values())
             # of the dtype nothing depends
-            tensors = {n: torch.empty(p.get_shape(), device="meta") for n, p in pieces.items()}
+            tensors = {name: torch.empty(s, device="meta") for name, s in shapes.items()}
             return Checkpoint(path, tensors, opened.metadata() or {})
     except SafetensorError as error:
         raise ValueError(f"{path} is no whole safetensors file: {error}") from None
