@@ -56,7 +56,9 @@ def run(name: str, seconds: int, corpus: Path) -> int:
         for line in done.stderr.splitlines()
         if line.startswith(("stat::", "SUMMARY")) or " DONE " in line or "INITED" in line
     ]
-    print(f"{name}: {'fault' if done.returncode else 'nothing found'}", *told, sep="\n  ")
+    print(
+        f"{name}: {'fault' if done.returncode else 'nothing found'}", *told, sep="\n  ", flush=True
+    )
     if done.returncode:
         print(done.stdout[-2000:], done.stderr[-6000:], sep="\n")
     return done.returncode
