@@ -161,6 +161,18 @@ class EraseConfig:
             return made
         return dataclasses.replace(made, iterations=made.iterations * len(made.concepts))
 
+    @classmethod
+    def recorded(cls, values: Any, where: str) -> EraseConfig:
+        """The configuration that a run's file (a manifest, a checkpoint) holds; no recipe fills
+        anything in. Whether pickled files may be read is asked anew: a file cannot consent to that.
+
+        Raises ValueError, naming `where`, for what is no configuration of this version.
+        """
+        try:
+            return cls(**{**values, "given": None, "allow_pickle": False})
+        except TypeError as error:
+            raise ValueError(f"{where}'s config is of another version: {error}") from None
+
     def with_recipe(self, family: Family) -> EraseConfig:
         """With the family's own values for all settings that were not asked for."""
         if self.given is None:

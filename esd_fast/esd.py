@@ -15,7 +15,7 @@ import torch
 from .collect import Teacher, TeacherSamples, chunked, collect_all, collect_last
 from .config import EraseConfig
 from .engine import engaged, layout_for
-from .erasure import Erasure, fingerprint, versions
+from .erasure import Erasure, fingerprint, processor_of, versions
 from .fit import FitStep, Fitter, shuffled
 from .graphed_steps import RunGraphs
 from .interrupts import sigterm_interrupts
@@ -78,7 +78,12 @@ def erase(
     as without a stop (further checkpoints go there too). Raises ValueError for a bad value before
     anything is loaded, EraseInterrupted on Ctrl-C in training, NonFiniteLoss where training went
     wrong, CheckpointError where the folder cannot be written to; in the last three the model is
-    as it was.
+    as it was. RuntimeError, at once, where another thread trains on the same pipeline.
+
+    The caller's random state, default dtype, grad mode, deterministic settings, warnings filters
+    and signal handlers are left alone; erasures on pipelines of their own may run in threads side
+    by side. On the CPU the same seed gives the same bits on the same machine with the same versions
+    and the same `torch.get_num_threads()` (what depends on that number: repeating.py).
     """
     config = EraseConfig.from_preset(preset, concept, model, **settings)
     state = None if resume is None else newest_state(resume)
@@ -121,11 +126,12 @@ def run(
     started = time.perf_counter() - (resume.seconds["total"] if resume else 0.0)
     config = config.with_recipe(model.family)
     checkpoints = checkpoints or Checkpoints()
-    identity = None
-    if resume or checkpoints.folder:
-        identity = Identity.of(model, config, extra, rollouts, words)
-        if resume:
-            resume.check(identity)
+    identity = Identity.of(model, config, extra, rollouts, words)
+    if resume:
+        resume.check(identity)
+    given = [
+        name for name, value in (("rollouts", rollouts), ("words", words)) if value is not None
+    ]
     names = trainable_names(model.unet, config.train_method, model.family.name)
     shape = model.latent_shape(config.resolution)
     scheduler = scheduler_for(model.pipeline.scheduler, config)
@@ -165,7 +171,20 @@ def run(
         watched=on_step is not None,
     )
     paths = {"scheduler": teacher.scheduler_path(rollouts)}
-    noted = Noted(started, len(extra), held_to, paths, graphs, resume.stops if resume else [])
+    noted = Noted(
+        *(
+            started,
+            torch.get_num_threads(),
+            identity.base,
+            len(extra),
+            given,
+            held_to,
+            paths,
+            graphs,
+        ),
+        collect_batch_size=layout.collect_batch_size,
+        resumed_at=resume.stops if resume else [],
+    )
     collecting = passes_of(config, teacher, rollouts)
     meter = Meter(on_progress or (lambda _: None), collecting)
     keeper = Keeper(checkpoints, identity, resume, subset, fitter, started, meter.seconds)
@@ -299,10 +318,14 @@ class Noted:
     """What the manifest tells of a run besides its numbers."""
 
     started: float  # time.perf_counter()
+    threads: int  # of torch's, in this thread
+    base: str  # run_state.base_digest
     extra: int  # concepts that are no texts
+    given: list[str]  # what replaced the plan or the words, which no manifest holds
     words: int  # that updates were held to
     paths: dict[str, str]  # how the UNet and the scheduler were run
     graphs: RunGraphs
+    collect_batch_size: int  # that really was
     resumed_at: list[int]  # the steps that it was stopped after, and gone on from
 
 
@@ -358,17 +381,24 @@ def finish(
         "concept": ", ".join(config.concepts),
         **({"concepts": list(config.concepts)} if len(config.concepts) > 1 else {}),
         **({"extra_concepts": noted.extra} if noted.extra else {}),
+        **({"given": noted.given} if noted.given else {}),
         "erase_from": ", ".join(dict.fromkeys(filter(None, config.sources))) or None,
         "method": canonical_method(config.train_method),
         "preset": config.preset,
         "model": model.source,
         "family": model.family.name,
         "base_fingerprint": fingerprint(subset.frozen),
+        "base_digest": noted.base,
+        "result_fingerprint": fingerprint(trained),
         "config": dataclasses.asdict(config),
         "target": {"anchor": config.target_anchor, "eta": config.eta},
         "kept_vocabulary": {"words": noted.words, "tensors": len(subset.filters)},
         "resolution": config.resolution or model.native_resolution,
         "seed": config.seed,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "collect_batch_size": noted.collect_batch_size,
+        "threads": noted.threads,
+        "processor": processor_of(model.device),
         "interrupted": interrupted,
         **({"resumed_at": noted.resumed_at} if noted.resumed_at else {}),
         "losses": list(fitter.losses),

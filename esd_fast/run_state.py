@@ -22,6 +22,7 @@ import torch
 from .collect import TeacherSamples
 from .config import EraseConfig, Loading
 from .erasure import fingerprint, versions
+from .files import parsed_json
 from .interrupts import held_back
 from .tensor_files import Lazy, bytes_of, open_safetensors, write_tensors
 
@@ -67,20 +68,12 @@ class Identity:
         words: Sequence[str] | None,
     ) -> Identity:
         """Before any weight moves or is put away."""
-        encoders = [getattr(model.pipeline, n, None) for n in ("text_encoder", "text_encoder_2")]
-        scheduler = model.pipeline.scheduler
-        told = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
         given: list[Any] = [words, None if rollouts is None else list(map(vars, rollouts))]
         given += [vars(conditioning) for conditioning in extra]
         return cls(
             json.loads(json.dumps(dataclasses.asdict(config))),
             model.source,
-            digest_of(
-                [
-                    weights_digest(m for m in (model.unet, *encoders) if m is not None),
-                    *(type(scheduler).__name__, told),
-                ]
-            ),
+            base_digest(model),
             digest_of(given),
         )
 
@@ -348,7 +341,7 @@ def read_state(file: Path) -> RunState:
     try:
         opened = open_safetensors(file)
         text = opened.metadata[STATE_KEY]
-        said = json.loads(text)
+        said = parsed_json(text, "its state")
         version = said.pop("format")
     except KeyError:
         raise DamagedError(f"{file} is no checkpoint of a run") from None
@@ -362,18 +355,44 @@ def read_state(file: Path) -> RunState:
         raise DamagedError(f"{file} is damaged: its checksum differs")
     try:
         identity = Identity(**said.pop("identity"))
-        return RunState(identity, **said, tensors=opened.tensors)
+        state = RunState(identity, **said, tensors=opened.tensors)
     except (KeyError, TypeError):
         raise DamagedError(f"{file} is damaged: it lacks a part of the state") from None
+    if wrong := wrong_type(state):
+        raise DamagedError(f"{file} is damaged: its {wrong} is of another type")
+    return state
+
+
+def wrong_type(state: RunState) -> str:
+    """The first part of a state that cannot be what it is called; a checksum tells only that nobody
+    changed the file by accident."""
+
+    def all_are(kinds: Any, values: Any, within: type = list) -> bool:
+        if not isinstance(values, within):
+            return False
+        inner: Any = values.values() if isinstance(values, dict) else values
+        return all(isinstance(value, kinds) and not isinstance(value, bool) for value in inner)
+
+    number, phases = (int, float), {"total", "collect", "fit"}
+    identity, seconds = state.identity, state.seconds
+    right = {
+        "config": isinstance(identity.config, dict),
+        "identity": all_are(str, [identity.model, identity.base, identity.arguments]),
+        "losses": all_are(number, state.losses),
+        "skipped": all_are(int, [state.skipped, state.skipped_in_a_row]),
+        "scaler": isinstance(state.scaler, dict),
+        "optimizer": all_are(dict, state.optimizer, dict),
+        "seconds": all_are(number, seconds, dict) and seconds.keys() >= phases,
+        "every": state.every is None or all_are(int, [state.every]),
+        "resumed_at": all_are(int, state.resumed_at),
+        "versions": all_are(str, state.versions, dict),
+    }
+    return next((name for name, fine in right.items() if not fine), "")
 
 
 def config_in(state: RunState) -> EraseConfig:
-    """The configuration that a state's run has. Whether pickled files may be read is asked anew:
-    a file cannot consent to that."""
-    try:
-        return EraseConfig(**{**state.identity.config, "given": None, "allow_pickle": False})
-    except TypeError as error:
-        raise ValueError(f"the checkpoint's config is of another version: {error}") from None
+    """The configuration that a state's run has."""
+    return EraseConfig.recorded(state.identity.config, "the checkpoint")
 
 
 @dataclass
@@ -381,7 +400,7 @@ class Keeper:
     """Takes the state of one run up, and puts it down where and when its checkpoints say."""
 
     checkpoints: Checkpoints
-    identity: Identity | None
+    identity: Identity
     resume: RunState | None
     subset: TrainableSubset
     fitter: Fitter
@@ -423,7 +442,6 @@ class Keeper:
             return None
 
     def write(self) -> Path:
-        assert self.identity is not None
         stops = [] if self.resume is None else self.resume.stops
         passed = {"total": time.perf_counter() - self.started, **self.seconds}
         state = state_of(
@@ -436,6 +454,16 @@ class Keeper:
 # --- telling bases apart ----------------------------------------------------------------------------------
 
 
+def base_digest(model: Model) -> str:
+    """Of the weights of the UNet and the text encoders, their dtype included, and of what the
+    scheduler is. Before any weight moves or is put away."""
+    encoders = [getattr(model.pipeline, n, None) for n in ("text_encoder", "text_encoder_2")]
+    scheduler = model.pipeline.scheduler
+    told = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
+    weights = weights_digest(m for m in (model.unet, *encoders) if m is not None)
+    return digest_of([weights, type(scheduler).__name__, told])
+
+
 def weights_digest(modules: Iterable[torch.nn.Module]) -> str:
     """Of all weights: names, shapes, dtypes, and a sum over each one's bits that is exact
     whatever the device and the order. It tells models apart, in one pass over the memory; who
@@ -445,7 +473,9 @@ def weights_digest(modules: Iterable[torch.nn.Module]) -> str:
     for module in modules:
         for name, weight in module.named_parameters():
             total: int | str = "elsewhere"  # a text encoder that is offloaded
-            if not weight.is_meta:
+            if type(weight) is not torch.nn.Parameter:  # quantized: its numbers are the library's
+                total = type(weight).__name__
+            elif not weight.is_meta:
                 bits = weight.detach().view(integers[weight.element_size()])
                 rows = torch.atleast_1d(bits).split(1024)  # each is widened before it is summed
                 total = int(sum(part.sum(dtype=torch.int64) for part in rows))
