@@ -74,7 +74,8 @@ def attacked(
     apart: dict[str, str],
 ) -> tuple[dict[str, Any], list[ComparisonRow], list[Outcome]]:
     """What attack.json holds, the rows of the grid, and all pictures and tokens."""
-    from esd_fast.evaluation.inversion import TOKENIZER_OF, one_token
+    from esd_fast.evaluation.inversion import one_token
+    from esd_fast.evaluation.placeholder import TOKENIZER_OF
     from esd_fast.evaluation.resistance import comparison_rows
 
     resistance = resistance_of(arguments, model)
