@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from .collect import Teacher, TeacherSamples, chunked, collect_all, collect_last
-from .config import EraseConfig
+from .config import EraseConfig, refuse
 from .engine import engaged, layout_for
 from .erasure import Erasure, fingerprint, processor_of, versions
 from .fit import FitStep, Fitter, shuffled
@@ -24,15 +25,12 @@ from .models import Conditioning, Model, PromptSet, load_model
 from .objective import Objective
 from .optimizers import described, make_optimizer
 from .parameters import TrainableSubset, canonical_method, only_trainable, trainable_names
-from .plan import Rollout, plan_rollouts
+from .plan import Rollout, check_room, plan_rollouts
 from .run_state import Checkpoints, Identity, Keeper, RunState, newest_state
 from .schedules import scheduler_for
 from .sick_numbers import check_collected
 from .stepping_down import stepping_down
 from .vocabulary import filters_for
-
-if TYPE_CHECKING:
-    import os
 
 
 @dataclass(frozen=True)
@@ -86,6 +84,14 @@ def erase(
     and the same `torch.get_num_threads()` (what depends on that number: repeating.py).
     """
     config = EraseConfig.from_preset(preset, concept, model, **settings)
+    given: dict[str, object] = {"checkpoints": checkpoints, "resume": resume}
+    for name, value in given.items():
+        if value is not None and not (isinstance(value, (str, os.PathLike)) and str(value)):
+            refuse(name, value, "a folder")
+    given = {"on_progress": on_progress, "on_step": on_step}
+    for name, value in given.items():
+        if value is not None and not callable(value):
+            refuse(name, value, "a function")
     state = None if resume is None else newest_state(resume)
     if resume is not None and checkpoints is None:
         checkpoints = resume if Path(resume).is_dir() else Path(resume).parent
@@ -153,6 +159,7 @@ def run(
         graphs=graphs.guided,
     )
     if rollouts is None:
+        check_room(config, shape, len(teacher.asked), model.device)
         rollouts = plan_rollouts(config, scheduler.timesteps, shape, prompts.concepts)
     subset = TrainableSubset.of(model.unet, names, filters)
     objective = Objective(config.target_anchor, config.negative_guidance)
@@ -280,7 +287,13 @@ def encode_prompts(
 
     @functools.cache
     def encoded(text: str) -> Conditioning:
-        return model.family.encode(model.pipeline, text, resolution)
+        states = model.family.encode(model.pipeline, text, resolution)
+        if not states.encoder_hidden_states.isfinite().all():
+            raise ValueError(
+                f"the text encoder's answer to {text!r} is not finite in {model.dtype}: its "
+                "weights are damaged, or dtype float32 would do"
+            )
+        return states
 
     if extra and len(set(config.sources)) > 1:
         raise ValueError(f"erase_from is {config.erase_from!r}; with extra it must be one for all")
