@@ -12,9 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .collect import Teacher, TeacherSamples, chunked, collect_all, collect_last
+from .collect import (
+    Teacher,
+    TeacherSamples,
+    chunked,
+    collect_all,
+    collect_last,
+    collect_preserved,
+)
 from .config import EraseConfig
-from .engine import engaged, layout_for
+from .engine import Layout, engaged, layout_for
 from .erasure import Erasure, fingerprint, versions
 from .fit import FitStep, Fitter, shuffled
 from .graphed_steps import RunGraphs
@@ -24,7 +31,7 @@ from .models import Conditioning, Model, PromptSet, load_model
 from .objective import Objective
 from .optimizers import described, make_optimizer
 from .parameters import TrainableSubset, canonical_method, only_trainable, trainable_names
-from .plan import Rollout, plan_rollouts
+from .plan import Plan, Rollout, plan_preserved, plan_rollouts
 from .run_state import Checkpoints, Identity, Keeper, RunState, newest_state
 from .schedules import scheduler_for
 from .sick_numbers import check_collected
@@ -119,36 +126,25 @@ def run(
     holds to, `graphs` what `cuda_graphs` chooses. `resume`: the state of such a run to go on
     from; ValueError where it is of another."""
     started = time.perf_counter() - (resume.seconds["total"] if resume else 0.0)
-    config = config.with_recipe(model.family)
+    config = config.for_model(model)
     checkpoints = checkpoints or Checkpoints()
     identity = None
     if resume or checkpoints.folder:
         identity = Identity.of(model, config, extra, rollouts, words)
         if resume:
             resume.check(identity)
-    names = trainable_names(model.unet, config.train_method, model.family.name)
-    shape = model.latent_shape(config.resolution)
-    scheduler = scheduler_for(model.pipeline.scheduler, config)
-    resolution = shape[-1] * model.vae_scale_factor
-    layout = layout_for(model, config, names, resolution)
-    prompts = encode_prompts(model, config, resolution, extra)
-    filters, held_to = filters_for(
-        model, names, config.keep_vocabulary, resolution, words, erased=config.concepts
-    )
     graphs = graphs or RunGraphs.of(config.cuda_graphs, model.unet, config.optimizer)
-    teacher = Teacher(
-        unet=model.unet,
-        scheduler=scheduler,
-        prompts=prompts,
-        rolled=rolled_prompt(config),
-        asked=tuple(prompts.by_name),
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        graphs=graphs.guided,
+    prepared = prepare(model, config, graphs, extra, rollouts)
+    prompts, teacher, plan = prepared.prompts, prepared.teacher, prepared.plan
+    filters, held_to = filters_for(
+        model,
+        prepared.names,
+        config.keep_vocabulary,
+        prepared.resolution,
+        words,
+        erased=config.concepts,
     )
-    if rollouts is None:
-        rollouts = plan_rollouts(config, scheduler.timesteps, shape, prompts.concepts)
-    subset = TrainableSubset.of(model.unet, names, filters)
+    subset = TrainableSubset.of(model.unet, prepared.names, filters)
     objective = Objective(config.target_anchor, config.negative_guidance)
     student = prompts["concept" if config.erase_from is None else "erase_from"]
     optimizer = make_optimizer(
@@ -164,19 +160,19 @@ def run(
         weights_of(config, prompts, model.device),
         watched=on_step is not None,
     )
-    paths = {"scheduler": teacher.scheduler_path(rollouts)}
+    paths = {"scheduler": teacher.scheduler_path(plan.erased)}
     noted = Noted(started, len(extra), held_to, paths, graphs, resume.stops if resume else [])
-    collecting = passes_of(config, teacher, rollouts)
+    collecting = passes_of(config, teacher, plan)
     meter = Meter(on_progress or (lambda _: None), collecting)
     keeper = Keeper(checkpoints, identity, resume, subset, fitter, started, meter.seconds)
-    passes = collecting + 2 * config.iterations * config.batch_size  # forward and backward
+    passes = collecting + 2 * config.iterations * config.samples_a_step  # forward and backward
 
     finished = False
     try:
         with (
             sigterm_interrupts(checkpoints.folder is not None),
             only_trainable(model.unet, subset),
-            engaged(model, layout, shape[1:], passes) as engine_paths,
+            engaged(model, prepared.layout, prepared.shape[1:], passes) as engine_paths,
         ):
             noted.paths.update(engine_paths)
             if prompts.concepts > 1:
@@ -184,13 +180,13 @@ def run(
             samples = keeper.restored()
             taken = len(fitter.losses)
             if resume:
-                done = rollouts if samples is not None else rollouts[:taken]
+                done = plan if samples is not None else Plan(plan.erased[:taken])
                 meter.resumed(passes_of(config, teacher, done), taken, config)
             if samples is None and config.rollout == "frozen":
-                samples = collected(config, layout.collect_batch_size, teacher, rollouts, meter)
+                samples = collected(config, prepared, plan, meter)
                 check_collected(fitter, samples)
                 keeper.collected(samples)
-            for batch in training_batches(config, samples, teacher, rollouts, subset, meter, taken):
+            for batch in training_batches(config, samples, prepared, subset, meter, taken):
                 step = fitter.step(batch)
                 meter.fitted(step, config)
                 keeper.stepped()
@@ -208,43 +204,97 @@ def run(
             subset.restore()
 
 
-def collected(
+@dataclass(frozen=True)
+class Prepared:
+    """A run before anything is collected or trained."""
+
+    names: list[str]
+    """Of the parameters that train."""
+    shape: tuple[int, int, int]
+    """(C, h, w) of one sample's latents."""
+    resolution: int
+    layout: Layout
+    prompts: PromptSet
+    teacher: Teacher
+    plan: Plan
+
+
+def prepare(
+    model: Model,
     config: EraseConfig,
-    collect_batch_size: int,
-    teacher: Teacher,
-    rollouts: list[Rollout],
-    meter: Meter,
-) -> TeacherSamples:
-    """What a frozen UNet's trajectories give, all of it before the first step."""
+    graphs: RunGraphs,
+    extra: Sequence[Conditioning] = (),
+    rollouts: list[Rollout] | None = None,
+) -> Prepared:
+    names = trainable_names(model.unet, config.train_method, model.family.name)
+    shape = model.latent_shape(config.resolution)
+    scheduler = scheduler_for(model.pipeline.scheduler, config)
+    resolution = shape[-1] * model.vae_scale_factor
+    layout = layout_for(model, config, names, resolution)
+    prompts = encode_prompts(model, config, resolution, extra)
+    teacher = Teacher(
+        unet=model.unet,
+        scheduler=scheduler,
+        prompts=prompts,
+        rolled=rolled_prompt(config),
+        asked=tuple(prompts.by_name),
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        graphs=graphs.guided,
+    )
+    if rollouts is None:
+        rollouts = plan_rollouts(config, scheduler.timesteps, shape, prompts.erased)
+    preserved = range(prompts.erased, prompts.concepts)
+    plan = Plan(rollouts, plan_preserved(config, scheduler.timesteps, shape, preserved))
+    return Prepared(names, shape, resolution, layout, prompts, teacher, plan)
+
+
+def collected(config: EraseConfig, prepared: Prepared, plan: Plan, meter: Meter) -> TeacherSamples:
+    """What a frozen UNet's trajectories give, all of it before the first step; what is preserved
+    comes last."""
+    teacher, size = prepared.teacher, prepared.layout.collect_batch_size
     if config.samples == "all":
-        together = chunked(rollouts, collect_batch_size)
-        parts = [collect_all(teacher, rollout, meter.collected) for rollout in together]
+        erased = [collect_all(teacher, r, meter.collected) for r in chunked(plan.erased, size)]
     else:
-        parts = [collect_last(teacher, rollout, meter.collected) for rollout in rollouts]
+        erased = [collect_last(teacher, r, meter.collected) for r in plan.erased]
+    # asked with one prompt each: more of them side by side make a forward as large
+    together = chunked(plan.preserved, size * len(teacher.asked))
+    preserved = [collect_preserved(teacher, r, meter.collected) for r in together]
     teacher.finished_collecting()
-    return TeacherSamples.join(parts).map(torch.Tensor.contiguous)
+    return TeacherSamples.join([*erased, *preserved]).map(torch.Tensor.contiguous)
 
 
 def training_batches(
     config: EraseConfig,
     samples: TeacherSamples | None,
-    teacher: Teacher,
-    rollouts: list[Rollout],
+    prepared: Prepared,
     subset: TrainableSubset,
     meter: Meter,
     taken: int,
 ) -> Iterator[TeacherSamples]:
     """One batch for every optimizer step but the first `taken`, as the policies want them."""
     if samples is None:  # the student as it is now rolls out; its teacher answers
-        for rollout in rollouts[taken:]:
-            yield collect_last(teacher, rollout, meter.collected, frozen=subset.teacher)
+        for rollout in prepared.plan.erased[taken:]:
+            yield collect_last(prepared.teacher, rollout, meter.collected, frozen=subset.teacher)
         return
-    # every state of a trajectory in shuffled order; last ones as they were drawn
-    order = shuffled(len(samples), config.seed) if config.samples == "all" else None
+    orders = orders_of(config, samples, prepared.prompts.erased)
     size = config.batch_size
     for first in range(taken * size, config.iterations * size, size):
-        rows = slice(first, first + size)
-        yield samples[rows if order is None else order[rows]]
+        yield samples[torch.cat([order[first : first + size] for order in orders])]
+
+
+def orders_of(config: EraseConfig, samples: TeacherSamples, erased: int) -> list[torch.Tensor]:
+    """In which order samples are taken, (n,) row numbers: of concepts below `erased`, and of those
+    that are preserved where there are some. Every state of a trajectory in shuffled order; last
+    ones as they were drawn."""
+    if config.samples == "last":
+        return [torch.arange(len(samples))]
+    if not config.preserve:
+        return [shuffled(len(samples), config.seed)]
+    assert samples.concepts is not None
+    kept = samples.concepts.cpu() >= erased
+    groups = [torch.nonzero(mask).flatten() for mask in (~kept, kept)]
+    return [rows[shuffled(len(rows), config.seed)] for rows in groups]
 
 
 def rolled_prompt(config: EraseConfig) -> str:
@@ -266,32 +316,37 @@ def encode_prompts(
     if extra and len(set(config.sources)) > 1:
         raise ValueError(f"erase_from is {config.erase_from!r}; with extra it must be one for all")
     null, concepts = encoded(""), [*map(encoded, config.concepts), *extra]
+    concepts += [encoded(text) for text in config.preserve]
     prompts = {"null": null, "concept": Conditioning.joined(concepts)}
     if config.erase_from is not None:
         sources = [*config.sources, *(config.sources[0] for _ in extra)]
+        sources += [None] * len(config.preserve)
         # a concept without one is its own: the same target as with anchor "concept"
         anchors = [c if s is None else encoded(s) for c, s in zip(concepts, sources, strict=True)]
         prompts["erase_from"] = Conditioning.joined(anchors)
-    return PromptSet(prompts)
+    return PromptSet(prompts, len(config.preserve))
 
 
 def weights_of(
     config: EraseConfig, prompts: PromptSet, device: torch.device
 ) -> torch.Tensor | None:
     """(K,) float32: of each concept in the loss, of what is no text 1; None: alike."""
-    if config.concept_weights is None:
+    if config.concept_weights is None and not config.preserve:
         return None
-    said = [*config.concept_weights]
-    said += [1.0] * (prompts.concepts - len(said))
+    said = [*(config.concept_weights or ())]
+    said += [1.0] * (prompts.erased - len(said))
+    if config.preserve:  # the mean over a batch of both is half of the sum of their means
+        said = [2 * w for w in said + [config.preserve_weight] * prompts.preserved]
     return torch.tensor(said, dtype=torch.float32, device=device)
 
 
-def passes_of(config: EraseConfig, teacher: Teacher, rollouts: list[Rollout]) -> int:
+def passes_of(config: EraseConfig, teacher: Teacher, plan: Plan) -> int:
     """UNet passes that collecting will take."""
     asked = len(teacher.asked)
     if config.samples == "all":
-        return sum(len(r.noise) * r.steps * asked for r in rollouts)
-    return sum(len(r.noise) * (r.steps * 2 + asked) for r in rollouts)
+        preserved = sum(len(r.noise) * r.steps for r in plan.preserved)
+        return preserved + sum(len(r.noise) * r.steps * asked for r in plan.erased)
+    return sum(len(r.noise) * (r.steps * 2 + asked) for r in plan.erased)
 
 
 @dataclass(frozen=True)
@@ -317,7 +372,7 @@ class Meter:
 
     def resumed(self, collected: int, taken: int, config: EraseConfig) -> None:
         """An earlier run collected by so many passes, and took so many steps."""
-        self.passes = {"collect": collected, "fit": 2 * taken * config.batch_size}
+        self.passes = {"collect": collected, "fit": 2 * taken * config.samples_a_step}
         self.last = time.perf_counter()
 
     def collected(self, passes: int) -> None:
@@ -358,6 +413,7 @@ def finish(
         "concept": ", ".join(config.concepts),
         **({"concepts": list(config.concepts)} if len(config.concepts) > 1 else {}),
         **({"extra_concepts": noted.extra} if noted.extra else {}),
+        **({"preserved": list(config.preserve)} if config.preserve else {}),
         "erase_from": ", ".join(dict.fromkeys(filter(None, config.sources))) or None,
         "method": canonical_method(config.train_method),
         "preset": config.preset,

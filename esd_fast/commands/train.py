@@ -56,7 +56,7 @@ def train(arguments: argparse.Namespace) -> int:
     model = load_model(arguments.model, config)
     if resume is None:
         forget_checkpoints(folder)  # --overwrite was said
-    config = config.with_recipe(model.family)
+    config = config.for_model(model)
     loaded = time.time() - started
     columns = columns_of(arguments.pictures, model)
     proof = proof_for(model, config, columns, arguments.keep_prompt or KEEP_PROMPTS)
