@@ -1,0 +1,190 @@
+"""Collected samples as a file, which runs of any train method, learning rate or negative guidance share.
+
+A safetensors file: `samples.NAME` (TeacherSamples), as in the checkpoints of run_state.py, and one
+text of metadata, JSON, that says what they were collected with. Only a frozen UNet's samples can
+be kept: a student's depend on its training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .collect import TeacherSamples
+from .erasure import fingerprint
+from .tensor_files import Lazy, open_safetensors, write_tensors
+
+if TYPE_CHECKING:
+    import os
+
+    from .config import EraseConfig
+    from .models import Model
+    from .plan import Plan
+
+FORMAT = 1
+SAMPLES_KEY, CHECKSUM_KEY = "esd_fast_samples", "checksum"
+PREFIX = "samples."
+# settings that decide what is collected; the resolution and the dtype are the model's, if not said
+DECISIVE = (
+    *("concept", "erase_from", "preserve", "samples", "schedule", "rollout"),
+    *("guidance_scale", "num_inference_steps", "seed"),
+)
+# settings that decide how much; a run may have others
+AMOUNT = ("iterations", "batch_size")
+
+
+@dataclass(frozen=True)
+class StoredSamples:
+    """Samples, and what they were collected with."""
+
+    config: dict[str, Any]
+    """Of the run that collected them, every setting."""
+    decisive: dict[str, Any]
+    """What a run has to share with it, by name; see `decisive_of`."""
+    model: str
+    erased: int
+    """Samples of what is erased; those of what is preserved follow."""
+    seconds: float
+    unet_passes: int
+    versions: dict[str, str]
+    tensors: Mapping[str, Lazy] = field(default_factory=dict, compare=False)
+    path: Path | None = field(default=None, compare=False)
+    checksum: str = field(default="", compare=False)
+
+    def __len__(self) -> int:
+        return self.tensors[f"{PREFIX}latents"].shape[0]
+
+    @property
+    def preserved(self) -> int:
+        """Samples of what is preserved."""
+        return len(self) - self.erased
+
+    @property
+    def place(self) -> str:
+        return "the samples" if self.path is None else str(self.path)
+
+    def settings(self, **given: Any) -> dict[str, Any]:
+        """Settings of a run on these samples: `given` ones, where they are not None, over those
+        that it was collected with."""
+        ours = {name: self.config[name] for name in (*DECISIVE, *AMOUNT, "preset")}
+        ours |= {name: self.decisive[name] for name in ("resolution", "dtype")}
+        return ours | {name: value for name, value in given.items() if value is not None}
+
+    def check(self, model: Model, config: EraseConfig) -> None:
+        """Raises ValueError, in one line, where a run of `config` would have collected others."""
+        ours = decisive_of(model, config)
+        for name in ours:
+            was, now = self.decisive.get(name), ours[name]
+            if was == now:
+                continue
+            if name == "weights":
+                raise ValueError(
+                    f"{self.place} is of another model ({self.model}): the weights of its UNet or "
+                    f"text encoder are not those of {model.source}"
+                )
+            if isinstance(now, dict) and isinstance(was, dict):
+                part = next(k for k in sorted(now.keys() | was.keys()) if was.get(k) != now.get(k))
+                name, was, now = f"{name} {part}", was.get(part), now.get(part)
+            raise ValueError(f"{self.place} was collected with {name} {was!r}, now {now!r}")
+
+    def first(self, plan: Plan, device: torch.device) -> tuple[list[TeacherSamples], Plan]:
+        """What is there of `plan`, and what is left of it to collect: trajectories of what is
+        erased, and then of what is preserved."""
+        each = plan.erased[0].samples
+        have = (self.erased // each, self.preserved // each)
+        taken = (min(have[0], len(plan.erased)), min(have[1], len(plan.preserved)))
+        whole = samples_in(self.tensors, torch.device("cpu"))
+        assert whole is not None
+        rows = slice(0, taken[0] * each), slice(self.erased, self.erased + taken[1] * each)
+        # cloned: into memory that is aligned as torch's own
+        parts = [whole[r].map(lambda column: column.to(device).clone()) for r in rows]
+        return parts, plan.after(*taken)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write one safetensors file: to `path`, or as samples.safetensors in the folder `path`."""
+        target = Path(path)
+        if target.suffix != ".safetensors":
+            target = target / "samples.safetensors"
+        text = json.dumps({"format": FORMAT, **self.told()}, allow_nan=False)
+        metadata = {SAMPLES_KEY: text, CHECKSUM_KEY: checksum_of(text, self.tensors)}
+        write_tensors(target, self.tensors, metadata)
+        return target
+
+    def told(self) -> dict[str, Any]:
+        names = [f.name for f in dataclasses.fields(self) if f.compare]
+        return {name: getattr(self, name) for name in names}
+
+
+def decisive_of(model: Model, config: EraseConfig) -> dict[str, Any]:
+    """All that samples follow from, as JSON has it, the model's hash last."""
+    from .run_state import base_of
+
+    names = [*DECISIVE, "batch_size"] if config.samples == "last" else DECISIVE
+    scheduler, weights = base_of(model)
+    found = {
+        **{name: getattr(config, name) for name in names},
+        "resolution": config.resolution or model.native_resolution,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "scheduler": scheduler,
+        "weights": weights,
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return plain
+
+
+def read_samples(path: str | os.PathLike[str]) -> StoredSamples:
+    """Raises FileNotFoundError, or ValueError where the file is damaged or none that `collect`
+    wrote."""
+    file = Path(path)
+    if file.is_dir():
+        file = file / "samples.safetensors"
+    if not file.is_file():
+        raise FileNotFoundError(f"samples {str(file)!r} do not exist")
+    opened = open_safetensors(file)
+    text = opened.metadata.get(SAMPLES_KEY)
+    if text is None:
+        raise ValueError(f"{file} holds no samples; `esd-fast collect` writes them")
+    if opened.metadata.get(CHECKSUM_KEY) != checksum_of(text, opened.tensors):
+        raise ValueError(f"{file} is damaged: its checksum differs; collect again")
+    said = json.loads(text)
+    version = said.pop("format")
+    if version != FORMAT:
+        raise ValueError(
+            f"{file} has version {version!r} of the format; this esd-fast reads {FORMAT}"
+        )
+    return StoredSamples(
+        **said, tensors=opened.tensors, path=file, checksum=opened.metadata[CHECKSUM_KEY]
+    )
+
+
+# --- tensors, as checkpoints have them too ----------------------------------------------------------------
+
+
+def tensors_of(samples: TeacherSamples) -> dict[str, torch.Tensor]:
+    return {f"{PREFIX}{n}": column for n, column in vars(samples).items() if column is not None}
+
+
+def samples_in(tensors: Mapping[str, Lazy], device: torch.device) -> TeacherSamples | None:
+    """None where there are none."""
+    if f"{PREFIX}latents" not in tensors:
+        return None
+    names = [f.name for f in dataclasses.fields(TeacherSamples)]
+    held = {n: tensors.get(f"{PREFIX}{n}") for n in names}
+    # cloned: into memory that is aligned as torch's own
+    return TeacherSamples(
+        **{n: None if v is None else v.read().to(device).clone() for n, v in held.items()}  # type: ignore[arg-type]
+    )
+
+
+def checksum_of(text: str, tensors: Mapping[str, Lazy]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        digest.update(fingerprint({name: tensors[name].read()}).encode())
+    return digest.hexdigest()[:16]
