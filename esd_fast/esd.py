@@ -20,7 +20,7 @@ from .collect import (
     collect_last,
     collect_preserved,
 )
-from .config import EraseConfig
+from .config import CHOICES, EraseConfig
 from .engine import Layout, engaged, layout_for
 from .erasure import Erasure, fingerprint, versions
 from .fit import FitStep, Fitter, shuffled
@@ -36,6 +36,7 @@ from .run_state import Checkpoints, Identity, Keeper, RunState, newest_state
 from .schedules import scheduler_for
 from .sick_numbers import check_collected
 from .stepping_down import stepping_down
+from .stored_samples import StoredSamples, read_samples
 from .vocabulary import filters_for
 
 if TYPE_CHECKING:
@@ -67,12 +68,13 @@ def erase(
     model: Any = None,
     concept: str | Sequence[str] = "",
     *,
-    preset: str = "fast",
+    preset: str | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     on_step: Callable[[FitStep], None] | None = None,
     checkpoints: str | os.PathLike[str] | None = None,
     checkpoint_every: int | None = None,
     resume: str | os.PathLike[str] | None = None,
+    samples: str | os.PathLike[str] | StoredSamples | None = None,
     **settings: Any,
 ) -> Erasure:
     """Erase `concept`, or all of a list, from `model`; a live pipeline is left erased.
@@ -82,12 +84,21 @@ def erase(
     `settings`: any field of EraseConfig. `checkpoints`: a folder for the state of the unfinished
     run, kept on Ctrl-C and SIGTERM, and after every `checkpoint_every` steps; `resume`: such a
     folder, or a file of it, to go on from, with the same model and settings, to the same result
-    as without a stop (further checkpoints go there too). Raises ValueError for a bad value before
-    anything is loaded, EraseInterrupted on Ctrl-C in training, NonFiniteLoss where training went
+    as without a stop (further checkpoints go there too). `preset`: "fast", if not said. `samples`:
+    a file of `collect_samples`, or what that gives: nothing is collected but what it lacks, and
+    what is not said is as it was there (or "all" or "last", the setting of that name). Raises
+    ValueError for a bad value before anything is loaded, or for samples of something else, EraseInterrupted on Ctrl-C in training, NonFiniteLoss where training went
     wrong, CheckpointError where the folder cannot be written to; in the last three the model is
     as it was.
     """
-    config = EraseConfig.from_preset(preset, concept, model, **settings)
+    stored = None
+    if samples in CHOICES["samples"]:
+        settings["samples"] = samples
+    elif samples is not None:
+        stored = samples if isinstance(samples, StoredSamples) else read_samples(samples)
+        settings = stored.settings(preset=preset, concept=concept or None, **settings)
+        preset, concept = settings.pop("preset"), settings.pop("concept")
+    config = EraseConfig.from_preset(preset or "fast", concept, model, **settings)
     state = None if resume is None else newest_state(resume)
     if resume is not None and checkpoints is None:
         checkpoints = resume if Path(resume).is_dir() else Path(resume).parent
@@ -97,6 +108,7 @@ def erase(
         config,
         checkpoints=kept,
         resume=state,
+        stored=stored,
         on_progress=on_progress,
         on_step=on_step,
     )
@@ -116,6 +128,7 @@ def run(
     graphs: RunGraphs | None = None,
     checkpoints: Checkpoints | None = None,
     resume: RunState | None = None,
+    stored: StoredSamples | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     on_step: Callable[[FitStep], None] | None = None,
 ) -> Erasure:
@@ -124,9 +137,13 @@ def run(
     them, and erased from the same prompt. `config.iterations` is for all together. `rollouts`
     replaces the plan drawn from the seed, `words` the tokenizer's own, which `keep_vocabulary`
     holds to, `graphs` what `cuda_graphs` chooses. `resume`: the state of such a run to go on
-    from; ValueError where it is of another."""
+    from, `stored`: samples that need not be collected; ValueError where they are of another."""
     started = time.perf_counter() - (resume.seconds["total"] if resume else 0.0)
     config = config.for_model(model)
+    if stored:
+        if extra or rollouts is not None:
+            raise ValueError("stored samples are given, and so are extra or rollouts: collect anew")
+        stored.check(model, config)
     checkpoints = checkpoints or Checkpoints()
     identity = None
     if resume or checkpoints.folder:
@@ -161,10 +178,16 @@ def run(
         watched=on_step is not None,
     )
     paths = {"scheduler": teacher.scheduler_path(plan.erased)}
-    noted = Noted(started, len(extra), held_to, paths, graphs, resume.stops if resume else [])
-    collecting = passes_of(config, teacher, plan)
+    rest = plan.after(*stored.there_of(plan)) if stored else plan
+    collecting = passes_of(config, teacher, rest)
+    spared = passes_of(config, teacher, plan) - collecting
+    samples_file = stored.noted(plan, spared) if stored else {}
+    stops = resume.stops if resume else []
+    noted = Noted(started, len(extra), held_to, paths, graphs, stops, samples_file)
     meter = Meter(on_progress or (lambda _: None), collecting)
-    keeper = Keeper(checkpoints, identity, resume, subset, fitter, started, meter.seconds)
+    keeper = Keeper(
+        checkpoints, identity, resume, subset, fitter, started, meter.seconds, samples_file
+    )
     passes = collecting + 2 * config.iterations * config.samples_a_step  # forward and backward
 
     finished = False
@@ -181,9 +204,13 @@ def run(
             taken = len(fitter.losses)
             if resume:
                 done = plan if samples is not None else Plan(plan.erased[:taken])
-                meter.resumed(passes_of(config, teacher, done), taken, config)
+                made = passes_of(config, teacher, done)
+                if samples is not None:
+                    made -= samples_file.get("unet_passes_spared", 0)
+                meter.resumed(made, taken, config)
             if samples is None and config.rollout == "frozen":
-                samples = collected(config, prepared, plan, meter)
+                there = stored.samples_of(plan, model.device) if stored else ()
+                samples = collected(config, prepared, rest, meter, *there)
                 check_collected(fitter, samples)
                 keeper.collected(samples)
             for batch in training_batches(config, samples, prepared, subset, meter, taken):
@@ -249,9 +276,15 @@ def prepare(
     return Prepared(names, shape, resolution, layout, prompts, teacher, plan)
 
 
-def collected(config: EraseConfig, prepared: Prepared, plan: Plan, meter: Meter) -> TeacherSamples:
+def collected(
+    config: EraseConfig,
+    prepared: Prepared,
+    plan: Plan,
+    meter: Meter,
+    *there: TeacherSamples,
+) -> TeacherSamples:
     """What a frozen UNet's trajectories give, all of it before the first step; what is preserved
-    comes last."""
+    comes last. `there`: of both kinds, what there is before those of `plan`."""
     teacher, size = prepared.teacher, prepared.layout.collect_batch_size
     if config.samples == "all":
         erased = [collect_all(teacher, r, meter.collected) for r in chunked(plan.erased, size)]
@@ -261,7 +294,8 @@ def collected(config: EraseConfig, prepared: Prepared, plan: Plan, meter: Meter)
     together = chunked(plan.preserved, size * len(teacher.asked))
     preserved = [collect_preserved(teacher, r, meter.collected) for r in together]
     teacher.finished_collecting()
-    return TeacherSamples.join([*erased, *preserved]).map(torch.Tensor.contiguous)
+    parts = [*there[:1], *erased, *there[1:], *preserved]
+    return TeacherSamples.join(parts).map(torch.Tensor.contiguous)
 
 
 def training_batches(
@@ -359,6 +393,7 @@ class Noted:
     paths: dict[str, str]  # how the UNet and the scheduler were run
     graphs: RunGraphs
     resumed_at: list[int]  # the steps that it was stopped after, and gone on from
+    samples_file: dict[str, Any]  # what was taken from one; empty for none
 
 
 class Meter:
@@ -414,6 +449,7 @@ def finish(
         **({"concepts": list(config.concepts)} if len(config.concepts) > 1 else {}),
         **({"extra_concepts": noted.extra} if noted.extra else {}),
         **({"preserved": list(config.preserve)} if config.preserve else {}),
+        **({"samples_file": noted.samples_file} if noted.samples_file else {}),
         "erase_from": ", ".join(dict.fromkeys(filter(None, config.sources))) or None,
         "method": canonical_method(config.train_method),
         "preset": config.preset,

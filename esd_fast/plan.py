@@ -34,6 +34,11 @@ class Rollout:
         if not self.concepts:
             object.__setattr__(self, "concepts", (0,) * len(self.noise))
 
+    @property
+    def samples(self) -> int:
+        """That come of it."""
+        return len(self.noise) * (self.steps if self.query is None else 1)
+
 
 @dataclass(frozen=True)
 class Plan:

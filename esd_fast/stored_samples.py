@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .bases import model_digest, scheduler_told
 from .collect import TeacherSamples
 from .erasure import fingerprint
 from .tensor_files import Lazy, open_safetensors, write_tensors
@@ -94,18 +95,32 @@ class StoredSamples:
                 name, was, now = f"{name} {part}", was.get(part), now.get(part)
             raise ValueError(f"{self.place} was collected with {name} {was!r}, now {now!r}")
 
-    def first(self, plan: Plan, device: torch.device) -> tuple[list[TeacherSamples], Plan]:
-        """What is there of `plan`, and what is left of it to collect: trajectories of what is
-        erased, and then of what is preserved."""
+    def there_of(self, plan: Plan) -> tuple[int, int]:
+        """How many trajectories of `plan` it has, the first ones: of what is erased, and of what is
+        preserved. All of a run are of one length."""
         each = plan.erased[0].samples
-        have = (self.erased // each, self.preserved // each)
-        taken = (min(have[0], len(plan.erased)), min(have[1], len(plan.preserved)))
-        whole = samples_in(self.tensors, torch.device("cpu"))
+        erased, preserved = self.erased // each, self.preserved // each
+        return min(erased, len(plan.erased)), min(preserved, len(plan.preserved))
+
+    def samples_of(self, plan: Plan, device: torch.device) -> list[TeacherSamples]:
+        """Those that are there of `plan`: of what is erased, and of what is preserved."""
+        each = plan.erased[0].samples
+        erased, preserved = self.there_of(plan)
+        whole = samples_in(self.tensors, device)
         assert whole is not None
-        rows = slice(0, taken[0] * each), slice(self.erased, self.erased + taken[1] * each)
-        # cloned: into memory that is aligned as torch's own
-        parts = [whole[r].map(lambda column: column.to(device).clone()) for r in rows]
-        return parts, plan.after(*taken)
+        return [
+            whole[: erased * each],
+            whole[self.erased : self.erased + preserved * each],
+        ]
+
+    def noted(self, plan: Plan, spared: int) -> dict[str, Any]:
+        """For the manifest of a run on it; `spared`: UNet passes that it did not take for it."""
+        return {
+            "path": None if self.path is None else str(self.path),
+            "checksum": self.checksum or None,
+            "samples": sum(self.there_of(plan)) * plan.erased[0].samples,
+            "unet_passes_spared": spared,
+        }
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write one safetensors file: to `path`, or as samples.safetensors in the folder `path`."""
@@ -124,16 +139,14 @@ class StoredSamples:
 
 def decisive_of(model: Model, config: EraseConfig) -> dict[str, Any]:
     """All that samples follow from, as JSON has it, the model's hash last."""
-    from .run_state import base_of
-
     names = [*DECISIVE, "batch_size"] if config.samples == "last" else DECISIVE
-    scheduler, weights = base_of(model)
+    kind, told = scheduler_told(model)
     found = {
         **{name: getattr(config, name) for name in names},
         "resolution": config.resolution or model.native_resolution,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "scheduler": scheduler,
-        "weights": weights,
+        "scheduler": {"class": kind, **told},
+        "weights": model_digest(model),
     }
     plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
     return plain
