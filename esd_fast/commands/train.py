@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from esd_fast.erasure import Erasure
     from esd_fast.models import Model
     from esd_fast.run_state import Checkpoints, RunState
+    from esd_fast.stored_samples import StoredSamples
 
 COLUMNS_EMBEDDED, COLUMNS_GPU = 6, 3
 KEEP_PROMPTS = ("a photo of a dog", "a house by a lake", "a portrait of a woman")
@@ -37,7 +38,8 @@ def train(arguments: argparse.Namespace) -> int:
     for note in translated(arguments):
         print(f"note: {note}", file=sys.stderr)
     resume = state_to_resume(arguments)
-    config = config_of(arguments, resume)
+    stored = samples_to_take(arguments)
+    config = config_of(arguments, resume, stored)
     if arguments.harden < 0:
         refuse("--harden", arguments.harden, "a whole number from 0 (rounds of hardening; 0: none)")
     if arguments.harden and (resume or arguments.checkpoint_every is not None):
@@ -64,7 +66,7 @@ def train(arguments: argparse.Namespace) -> int:
     drawn = time.time() - started
     interruption = None
     try:
-        erasure = erased(model, config, arguments.harden, bars, checkpoints, resume)
+        erasure = erased(model, config, arguments.harden, bars, checkpoints, resume, stored)
     except EraseInterrupted as caught:
         erasure, interruption = caught.erasure, caught
     finally:
@@ -104,6 +106,7 @@ def erased(
     bars: Bars,
     checkpoints: Checkpoints | None = None,
     resume: RunState | None = None,
+    stored: StoredSamples | None = None,
 ) -> Erasure:
     """Hardening, which is several runs, leaves no checkpoints."""
     from esd_fast.esd import Progress, run
@@ -113,7 +116,13 @@ def erased(
         bars.show(progress.phase, progress.done, progress.total, progress.loss)
 
     if not rounds:
-        return run(model, config, checkpoints=checkpoints, resume=resume, on_progress=tell)
+        return run(
+            *(model, config),
+            checkpoints=checkpoints,
+            resume=resume,
+            stored=stored,
+            on_progress=tell,
+        )
     adversaries = [
         drawn_adversary(model, text, resolution=config.resolution, on_progress=bars.drawing("draw"))
         for text in config.concepts
@@ -136,7 +145,7 @@ def process_start() -> float:
 def state_to_resume(arguments: argparse.Namespace) -> RunState | None:
     """With --resume: the newest whole checkpoint. Model and output are then its run's."""
     if arguments.resume is None:
-        if not (arguments.concept or arguments.concepts_file):
+        if not (arguments.concept or arguments.concepts_file or arguments.samples_file):
             raise ValueError("what to erase is missing: --concept, --concepts-file or --prompt")
         return None
     from esd_fast.run_state import newest_state
@@ -155,14 +164,36 @@ def state_to_resume(arguments: argparse.Namespace) -> RunState | None:
     return state
 
 
-def config_of(arguments: argparse.Namespace, resume: RunState | None = None) -> EraseConfig:
-    """Every field of EraseConfig that the command line gives; over those of a resumed run, which
-    are compared where the run begins."""
+def samples_to_take(arguments: argparse.Namespace) -> StoredSamples | None:
+    """With --samples: the file. The model is then its own, if none is named."""
+    if arguments.samples_file is None:
+        return None
+    for other, name in (("resume", "--resume"), ("harden", "--harden")):
+        if getattr(arguments, other):
+            raise ValueError(f"--samples and {name} do not go together: give one of them")
+    from esd_fast.stored_samples import read_samples
+
+    stored = read_samples(arguments.samples_file)
+    if arguments.model is None and stored.model != "embedded":
+        arguments.model = stored.model
+    return stored
+
+
+def config_of(
+    arguments: argparse.Namespace,
+    resume: RunState | None = None,
+    stored: StoredSamples | None = None,
+) -> EraseConfig:
+    """Every field of EraseConfig that the command line gives; over those of a resumed run or of
+    stored samples, which are compared where the run begins."""
     names = {f.name for f in dataclasses.fields(EraseConfig)} - {"concept", "preset"}
     given = {n: getattr(arguments, n) for n in names if hasattr(arguments, n)}
     concepts = arguments.concept
     if arguments.concepts_file is not None:
         concepts = [case.prompt for case in read_prompts(arguments.concepts_file)]
+    if arguments.preserve_file is not None:
+        listed = [case.prompt for case in read_prompts(arguments.preserve_file)]
+        given["preserve"] = [*(given["preserve"] or ()), *listed]
     if given["erase_from"] is not None and concepts and len(concepts) > 1:  # "" leaves one out
         given["erase_from"] = [text or None for text in given["erase_from"]]
     if resume is not None:
@@ -171,6 +202,10 @@ def config_of(arguments: argparse.Namespace, resume: RunState | None = None) -> 
         given |= {"concept": concepts, "preset": arguments.preset}
         said = {name: value for name, value in given.items() if value is not None}
         return dataclasses.replace(config_in(resume), **said)
+    if stored is not None:
+        given = stored.settings(preset=arguments.preset, concept=concepts, **given)
+        preset, concepts = given.pop("preset"), given.pop("concept")
+        return EraseConfig.from_preset(preset, concepts, arguments.model, **given)
     return EraseConfig.from_preset(arguments.preset or "fast", concepts, arguments.model, **given)
 
 
