@@ -61,9 +61,10 @@ class EraseConfig:
     """Prompts that stay as they are: each step's batch holds as many of their samples as of what is
     erased, and their target is the frozen model's own prediction. "default" stands for prompts
     that the model has for this (preserve.py), as far as they do not name what is erased."""
-    preserve_weight: float = 1.0
+    preserve_weight: float = 3.0
     """How much these count: the loss is the mean over samples of what is erased, and this times
-    the mean over samples of what is preserved (DreamBooth's prior preservation)."""
+    the mean over samples of what is preserved (DreamBooth's prior preservation). Chosen by
+    benchmarks/preserve.py, in which 1 and 10 are not far off."""
     preset: str = "fast"
     """The recipe whose values the other fields started from."""
     train_method: str = "esd-x"

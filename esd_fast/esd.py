@@ -99,6 +99,8 @@ def erase(
         settings = stored.settings(preset=preset, concept=concept or None, **settings)
         preset, concept = settings.pop("preset"), settings.pop("concept")
     config = EraseConfig.from_preset(preset or "fast", concept, model, **settings)
+    if stored:
+        stored.check_settings(config)
     state = None if resume is None else newest_state(resume)
     if resume is not None and checkpoints is None:
         checkpoints = resume if Path(resume).is_dir() else Path(resume).parent

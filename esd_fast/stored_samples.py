@@ -20,6 +20,7 @@ import torch
 from .bases import model_digest, scheduler_told
 from .collect import TeacherSamples
 from .erasure import fingerprint
+from .preserve import DEFAULT
 from .tensor_files import Lazy, open_safetensors, write_tensors
 
 if TYPE_CHECKING:
@@ -32,10 +33,12 @@ if TYPE_CHECKING:
 FORMAT = 1
 SAMPLES_KEY, CHECKSUM_KEY = "esd_fast_samples", "checksum"
 PREFIX = "samples."
-# settings that decide what is collected; the resolution and the dtype are the model's, if not said
+# settings that decide what is collected, those first that a preset alone decides; the resolution
+# and the dtype are the model's, if not said
+POLICY = ("rollout", "samples", "schedule")
 DECISIVE = (
-    *("concept", "erase_from", "preserve", "samples", "schedule", "rollout"),
-    *("guidance_scale", "num_inference_steps", "seed"),
+    *POLICY,
+    *("concept", "erase_from", "preserve", "guidance_scale", "num_inference_steps", "seed"),
 )
 # settings that decide how much; a run may have others
 AMOUNT = ("iterations", "batch_size")
@@ -74,26 +77,42 @@ class StoredSamples:
     def settings(self, **given: Any) -> dict[str, Any]:
         """Settings of a run on these samples: `given` ones, where they are not None, over those
         that it was collected with."""
-        ours = {name: self.config[name] for name in (*DECISIVE, *AMOUNT, "preset")}
+        said = {name: value for name, value in given.items() if value is not None}
+        names = [
+            n for n in (*DECISIVE, *AMOUNT, "preset") if "preset" not in said or n not in POLICY
+        ]
+        ours = {name: self.config[name] for name in names}
         ours |= {name: self.decisive[name] for name in ("resolution", "dtype")}
-        return ours | {name: value for name, value in given.items() if value is not None}
+        return ours | said
+
+    def check_settings(self, config: EraseConfig) -> None:
+        """Raises ValueError where `config` alone shows that its run would have collected others;
+        before a model is loaded."""
+        for name, now in settings_of(config).items():
+            if name != "preserve" or DEFAULT not in now:  # which the model says
+                self.check_one(name, now)
+        if config.resolution is not None:
+            self.check_one("resolution", config.resolution)
 
     def check(self, model: Model, config: EraseConfig) -> None:
-        """Raises ValueError, in one line, where a run of `config` would have collected others."""
-        ours = decisive_of(model, config)
-        for name in ours:
-            was, now = self.decisive.get(name), ours[name]
-            if was == now:
-                continue
-            if name == "weights":
+        """Raises ValueError, in one line, where a run of `config`, which is `for_model`, would have
+        collected others."""
+        for name, now in decisive_of(model, config).items():
+            if name == "weights" and now != self.decisive["weights"]:
                 raise ValueError(
                     f"{self.place} is of another model ({self.model}): the weights of its UNet or "
                     f"text encoder are not those of {model.source}"
                 )
-            if isinstance(now, dict) and isinstance(was, dict):
-                part = next(k for k in sorted(now.keys() | was.keys()) if was.get(k) != now.get(k))
-                name, was, now = f"{name} {part}", was.get(part), now.get(part)
-            raise ValueError(f"{self.place} was collected with {name} {was!r}, now {now!r}")
+            self.check_one(name, now)
+
+    def check_one(self, name: str, now: Any) -> None:
+        was = self.decisive.get(name)
+        if was == now:
+            return
+        if isinstance(now, dict) and isinstance(was, dict):
+            part = next(k for k in sorted(now.keys() | was.keys()) if was.get(k) != now.get(k))
+            name, was, now = f"{name} {part}", was.get(part), now.get(part)
+        raise ValueError(f"{self.place} was collected with {name} {was!r}, now {now!r}")
 
     def there_of(self, plan: Plan) -> tuple[int, int]:
         """How many trajectories of `plan` it has, the first ones: of what is erased, and of what is
@@ -139,16 +158,25 @@ class StoredSamples:
 
 def decisive_of(model: Model, config: EraseConfig) -> dict[str, Any]:
     """All that samples follow from, as JSON has it, the model's hash last."""
-    names = [*DECISIVE, "batch_size"] if config.samples == "last" else DECISIVE
     kind, told = scheduler_told(model)
     found = {
-        **{name: getattr(config, name) for name in names},
+        **settings_of(config),
         "resolution": config.resolution or model.native_resolution,
         "dtype": str(model.dtype).removeprefix("torch."),
         "scheduler": {"class": kind, **told},
         "weights": model_digest(model),
     }
-    plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return as_json(found)
+
+
+def settings_of(config: EraseConfig) -> dict[str, Any]:
+    """What samples follow from of the settings. One that is "last" has its whole batch's noise."""
+    names = [*DECISIVE, "batch_size"] if config.samples == "last" else DECISIVE
+    return as_json({name: getattr(config, name) for name in names})
+
+
+def as_json(told: dict[str, Any]) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(json.dumps(told, default=str))
     return plain
 
 

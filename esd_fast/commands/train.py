@@ -59,6 +59,8 @@ def train(arguments: argparse.Namespace) -> int:
     if resume is None:
         forget_checkpoints(folder)  # --overwrite was said
     config = config.for_model(model)
+    if stored is not None:
+        stored.check(model, config)  # before anything is drawn
     loaded = time.time() - started
     columns = columns_of(arguments.pictures, model)
     proof = proof_for(model, config, columns, arguments.keep_prompt or KEEP_PROMPTS)
@@ -205,7 +207,9 @@ def config_of(
     if stored is not None:
         given = stored.settings(preset=arguments.preset, concept=concepts, **given)
         preset, concepts = given.pop("preset"), given.pop("concept")
-        return EraseConfig.from_preset(preset, concepts, arguments.model, **given)
+        config = EraseConfig.from_preset(preset, concepts, arguments.model, **given)
+        stored.check_settings(config)
+        return config
     return EraseConfig.from_preset(arguments.preset or "fast", concepts, arguments.model, **given)
 
 
