@@ -37,8 +37,8 @@ def train(arguments: argparse.Namespace) -> int:
     started = process_start()
     for note in translated(arguments):
         print(f"note: {note}", file=sys.stderr)
-    resume = state_to_resume(arguments)
     stored = samples_to_take(arguments)
+    resume = state_to_resume(arguments)
     config = config_of(arguments, resume, stored)
     if arguments.harden < 0:
         refuse("--harden", arguments.harden, "a whole number from 0 (rounds of hardening; 0: none)")
@@ -328,5 +328,12 @@ def summary(report: dict[str, Any], page: Path) -> str:
             lines.append(
                 f"  {kind:<6} concepts recognised in {rate['before']:.0%} of pictures before, "
                 f"{rate['after']:.0%} after ({rate['images']} each)"
+            )
+    for group, name in (("preserved", "preserved"), ("not_preserved", "not preserved")):
+        rate = report.get("kept", {}).get(group, {})
+        if rate.get("images"):
+            lines.append(
+                f"    of these {name}: {rate['before']:.0%} before, {rate['after']:.0%} after "
+                f"({rate['images']} each)"
             )
     return "\n".join([*lines, f"  report: {page}"])

@@ -83,7 +83,7 @@ class Proof:
         if not self.preserved:
             return {}
         named = named_by(self.preserved)
-        groups = {"preserved": [], "not_preserved": []}  # type: dict[str, list[int]]
+        groups: dict[str, list[int]] = {"preserved": [], "not_preserved": []}
         for row, question in enumerate(self.kept):
             groups["preserved" if question.concept in named else "not_preserved"].append(row)
         return {
