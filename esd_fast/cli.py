@@ -181,7 +181,8 @@ def add_prompts_beside(say: Callable[..., Any]) -> None:
         "--preserve",
         action="append",
         metavar="PROMPT",
-        help="a prompt that is to stay as it is; repeatable; default: some of the model's own",
+        help='a prompt that is to stay as it is; repeatable; "default" stands for some of the '
+        "model's own",
     )
     say("--preserve-file", metavar="FILE", help="such prompts, one a line")
 
@@ -524,7 +525,9 @@ def add_info(commands: Any) -> None:
     info = commands.add_parser("info", help="what an erasure is, what a model is, what runs here")
     info.set_defaults(run=lazily("info"))
     info.add_argument(
-        "path", nargs="?", help="a delta file, the folder of a run, or a diffusers folder"
+        "path",
+        nargs="?",
+        help="a delta file, the folder of a run, a file of samples, or a diffusers folder",
     )
     add_loading(info.add_argument, "a diffusers folder, checkpoint file or hub id")
     info.add_argument("--json", action="store_true", help="as JSON")

@@ -87,9 +87,10 @@ def erase(
     as without a stop (further checkpoints go there too). `preset`: "fast", if not said. `samples`:
     a file of `collect_samples`, or what that gives: nothing is collected but what it lacks, and
     what is not said is as it was there (or "all" or "last", the setting of that name). Raises
-    ValueError for a bad value before anything is loaded, or for samples of something else, EraseInterrupted on Ctrl-C in training, NonFiniteLoss where training went
-    wrong, CheckpointError where the folder cannot be written to; in the last three the model is
-    as it was.
+    ValueError for a bad value before anything is loaded, or for samples of something else,
+    EraseInterrupted on Ctrl-C in training, NonFiniteLoss where training went wrong,
+    CheckpointError where the folder cannot be written to; in the last three the model is as it
+    was.
     """
     stored = None
     if samples in CHOICES["samples"]:

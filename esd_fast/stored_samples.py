@@ -180,6 +180,13 @@ def as_json(told: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
+def holds_samples(file: Path) -> bool:
+    """Whether `file` is one of `collect`."""
+    if file.suffix != ".safetensors" or not file.is_file():
+        return False
+    return SAMPLES_KEY in open_safetensors(file).metadata
+
+
 def read_samples(path: str | os.PathLike[str]) -> StoredSamples:
     """Raises FileNotFoundError, or ValueError where the file is damaged or none that `collect`
     wrote."""
@@ -195,14 +202,13 @@ def read_samples(path: str | os.PathLike[str]) -> StoredSamples:
     if opened.metadata.get(CHECKSUM_KEY) != checksum_of(text, opened.tensors):
         raise ValueError(f"{file} is damaged: its checksum differs; collect again")
     said = json.loads(text)
-    version = said.pop("format")
+    version = said.pop("format", None)
     if version != FORMAT:
         raise ValueError(
             f"{file} has version {version!r} of the format; this esd-fast reads {FORMAT}"
         )
-    return StoredSamples(
-        **said, tensors=opened.tensors, path=file, checksum=opened.metadata[CHECKSUM_KEY]
-    )
+    checksum = opened.metadata[CHECKSUM_KEY]
+    return StoredSamples(**said, tensors=opened.tensors, path=file, checksum=checksum)
 
 
 # --- tensors, as checkpoints have them too ----------------------------------------------------------------

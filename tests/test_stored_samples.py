@@ -1,5 +1,6 @@
 """Samples that were collected once: runs on them end with the bits of runs that collect themselves."""
 
+import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -273,6 +274,9 @@ def test_collect_and_train(
     said = capsys.readouterr().out
     assert f"esd-fast train --samples {file.name} takes them" in said
     assert "20 samples, 12 of them of what is preserved: 28 UNet passes" in said
+    assert main(["info", file.name, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["samples"], told["preserved"], told["unet_passes"]) == (20, 12, 28)
     assert main(["collect", "--model", model, "--concept", "AC/DC", *kept, *how]) == 2
     assert "exists; --overwrite" in capsys.readouterr().err
 

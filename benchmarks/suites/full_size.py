@@ -76,7 +76,12 @@ def command_line(job: Job, output: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "esd_fast.cli", "train", "--concept", "a red bicycle"]
     command += ["--model", job.folder, "--output", str(output), "--device", job.device]
     command += ["--dtype", "bfloat16", "--resolution", str(job.size.resolution), "--pictures", "0"]
-    command += ["--iterations", str(job.size.iterations), "--num-inference-steps", str(job.size.steps)]
+    command += [
+        "--iterations",
+        str(job.size.iterations),
+        "--num-inference-steps",
+        str(job.size.steps),
+    ]
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     subprocess.run(command, check=True, env=environment)

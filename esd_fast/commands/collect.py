@@ -14,6 +14,7 @@ from .train import config_of
 
 
 def collect(arguments: argparse.Namespace) -> int:
+    """Exit code 0; nothing is written where it was stopped."""
     config = config_of(arguments)
     target = Path(
         arguments.output or f"samples-{safe_name(file_part(config.concepts))}.safetensors"
@@ -21,6 +22,10 @@ def collect(arguments: argparse.Namespace) -> int:
     if target.suffix != ".safetensors":
         raise ValueError(f"--output is {str(target)!r}; it must be a file .safetensors")
     check_target(target, arguments.overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    trial = target.with_name(f"{target.name}.part")  # the place is tried before any work
+    trial.write_text("")
+    trial.unlink()
     keep_pages()
     quiet_libraries()
     from esd_fast import collecting
