@@ -27,6 +27,12 @@ def model_digest(model: Model) -> str:
     return weights_digest(m for m in (model.unet, *encoders) if m is not None)
 
 
+def base_digest(model: Model) -> str:
+    """Of the weights of the UNet and the text encoders, their dtype included, and of what the
+    scheduler is. Before any weight moves or is put away."""
+    return digest_of([model_digest(model), *scheduler_told(model)])
+
+
 def weights_digest(modules: Iterable[torch.nn.Module]) -> str:
     """Of all weights: names, shapes, dtypes, and a sum over each one's bits that is exact
     whatever the device and the order. It tells models apart, in one pass over the memory; who
@@ -36,7 +42,9 @@ def weights_digest(modules: Iterable[torch.nn.Module]) -> str:
     for module in modules:
         for name, weight in module.named_parameters():
             total: int | str = "elsewhere"  # a text encoder that is offloaded
-            if not weight.is_meta:
+            if type(weight) is not torch.nn.Parameter:  # quantized: its numbers are the library's
+                total = type(weight).__name__
+            elif not weight.is_meta:
                 bits = weight.detach().view(integers[weight.element_size()])
                 rows = torch.atleast_1d(bits).split(1024)  # each is widened before it is summed
                 total = int(sum(part.sum(dtype=torch.int64) for part in rows))

@@ -104,6 +104,17 @@ def add_train(commands: Any) -> None:
         metavar="FOLDER",
         help="go on with the unfinished run there, with its settings, to the same result",
     )
+    say(
+        "--manifest",
+        metavar="FILE",
+        help="do a finished run again: its manifest.json, report.json, delta or folder; options "
+        "given beside it come first",
+    )
+    say(
+        "--allow-other-base",
+        action="store_true",
+        help="with --manifest: another model than that run's is fine",
+    )
     say("--preset", choices=list(PRESETS), help="recipe (default: fast; with --prompt: paper)")
     say(
         "--method",
@@ -128,7 +139,6 @@ def add_train(commands: Any) -> None:
     say(
         "--harden",
         type=int,
-        default=0,
         metavar="N",
         help="rounds of concept inversion whose tokens are erased as well (default: 0)",
     )

@@ -170,6 +170,18 @@ class EraseConfig:
             return made
         return dataclasses.replace(made, iterations=made.iterations * len(made.concepts))
 
+    @classmethod
+    def recorded(cls, values: Any, where: str) -> EraseConfig:
+        """The configuration that a run's file (a manifest, a checkpoint) holds; no recipe fills
+        anything in. Whether pickled files may be read is asked anew: a file cannot consent to that.
+
+        Raises ValueError, naming `where`, for what is no configuration of this version.
+        """
+        try:
+            return cls(**{**values, "given": None, "allow_pickle": False})
+        except TypeError as error:
+            raise ValueError(f"{where}'s config is of another version: {error}") from None
+
     def for_model(self, model: Model) -> EraseConfig:
         """With what only a loaded model tells: its family's recipe, and what it preserves by
         default."""

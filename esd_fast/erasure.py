@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .files import replacing
-from .live import check_held, plain_module
+from .files import parsed_json, replacing
+from .live import check_held, check_idle, plain_module
 from .moves import moves_of
 from .parameters import plain_parameters
 from .prompts import file_part, safe_name
@@ -80,6 +80,7 @@ class Erasure:
         if not math.isfinite(strength):
             raise ValueError(f"strength is {strength!r}; it must be finite: 0 original, 1 erased")
         unet = unet_of(model)
+        check_idle(unet)
         parameters = plain_parameters(unet)
         check_held(parameters)
         check_match(self.tensors, parameters)
@@ -101,6 +102,7 @@ class Erasure:
         import torch
 
         unet = unet_of(model)
+        check_idle(unet)
         original = self._originals.get(unet)
         if original is None:
             raise ValueError(f"{self!r} was not applied to this model: nothing to revert")
@@ -197,10 +199,7 @@ def unet_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def manifest_from(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
     """Our manifest, or what the reference's keys say. The text is untrusted, so only parsed."""
     if MANIFEST_KEY in metadata:
-        try:
-            manifest = json.loads(metadata[MANIFEST_KEY])
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}: its manifest is damaged: {error}") from None
+        manifest = parsed_json(metadata[MANIFEST_KEY], f"{file}: its manifest")
         if isinstance(manifest, dict):
             return manifest
         raise ValueError(f"{file}: its manifest is damaged: no table")
@@ -243,6 +242,17 @@ def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
         digest.update(name.encode())
         digest.update(bytes_of(tensors[name]))
     return digest.hexdigest()[:16]
+
+
+def processor_of(device: torch.device) -> str:
+    """What computes there, such as "x86_64, AVX2": the kernels that torch takes depend on it."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def versions() -> dict[str, str]:

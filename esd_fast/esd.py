@@ -22,7 +22,7 @@ from .collect import (
 )
 from .config import CHOICES, EraseConfig
 from .engine import Layout, engaged, layout_for
-from .erasure import Erasure, fingerprint, versions
+from .erasure import Erasure, fingerprint, processor_of, versions
 from .fit import FitStep, Fitter, shuffled
 from .graphed_steps import RunGraphs
 from .interrupts import sigterm_interrupts
@@ -90,7 +90,12 @@ def erase(
     ValueError for a bad value before anything is loaded, or for samples of something else,
     EraseInterrupted on Ctrl-C in training, NonFiniteLoss where training went wrong,
     CheckpointError where the folder cannot be written to; in the last three the model is as it
-    was.
+    was. RuntimeError, at once, where another thread trains on the same pipeline.
+
+    The caller's random state, default dtype, grad mode, deterministic settings, warnings filters
+    and signal handlers are left alone; erasures on pipelines of their own may run in threads side
+    by side. On the CPU the same seed gives the same bits on the same machine with the same versions
+    and the same `torch.get_num_threads()` (what depends on that number: repeating.py).
     """
     stored = None
     if samples in CHOICES["samples"]:
@@ -148,11 +153,12 @@ def run(
             raise ValueError("stored samples are given, and so are extra or rollouts: collect anew")
         stored.check(model, config)
     checkpoints = checkpoints or Checkpoints()
-    identity = None
-    if resume or checkpoints.folder:
-        identity = Identity.of(model, config, extra, rollouts, words)
-        if resume:
-            resume.check(identity)
+    identity = Identity.of(model, config, extra, rollouts, words)
+    if resume:
+        resume.check(identity)
+    given = [
+        name for name, value in (("rollouts", rollouts), ("words", words)) if value is not None
+    ]
     graphs = graphs or RunGraphs.of(config.cuda_graphs, model.unet, config.optimizer)
     prepared = prepare(model, config, graphs, extra, rollouts)
     prompts, teacher, plan = prepared.prompts, prepared.teacher, prepared.plan
@@ -185,8 +191,21 @@ def run(
     collecting = passes_of(config, teacher, rest)
     spared = passes_of(config, teacher, plan) - collecting
     samples_file = stored.noted(plan, spared) if stored else {}
-    stops = resume.stops if resume else []
-    noted = Noted(started, len(extra), held_to, paths, graphs, stops, samples_file)
+    noted = Noted(
+        *(
+            started,
+            torch.get_num_threads(),
+            identity.base,
+            len(extra),
+            given,
+            held_to,
+            paths,
+            graphs,
+        ),
+        collect_batch_size=prepared.layout.collect_batch_size,
+        resumed_at=resume.stops if resume else [],
+        samples_file=samples_file,
+    )
     meter = Meter(on_progress or (lambda _: None), collecting)
     keeper = Keeper(
         checkpoints, identity, resume, subset, fitter, started, meter.seconds, samples_file
@@ -391,10 +410,14 @@ class Noted:
     """What the manifest tells of a run besides its numbers."""
 
     started: float  # time.perf_counter()
+    threads: int  # of torch's, in this thread
+    base: str  # bases.base_digest
     extra: int  # concepts that are no texts
+    given: list[str]  # what replaced the plan or the words, which no manifest holds
     words: int  # that updates were held to
     paths: dict[str, str]  # how the UNet and the scheduler were run
     graphs: RunGraphs
+    collect_batch_size: int  # that really was
     resumed_at: list[int]  # the steps that it was stopped after, and gone on from
     samples_file: dict[str, Any]  # what was taken from one; empty for none
 
@@ -451,6 +474,7 @@ def finish(
         "concept": ", ".join(config.concepts),
         **({"concepts": list(config.concepts)} if len(config.concepts) > 1 else {}),
         **({"extra_concepts": noted.extra} if noted.extra else {}),
+        **({"given": noted.given} if noted.given else {}),
         **({"preserved": list(config.preserve)} if config.preserve else {}),
         **({"samples_file": noted.samples_file} if noted.samples_file else {}),
         "erase_from": ", ".join(dict.fromkeys(filter(None, config.sources))) or None,
@@ -459,11 +483,17 @@ def finish(
         "model": model.source,
         "family": model.family.name,
         "base_fingerprint": fingerprint(subset.frozen),
+        "base_digest": noted.base,
+        "result_fingerprint": fingerprint(trained),
         "config": dataclasses.asdict(config),
         "target": {"anchor": config.target_anchor, "eta": config.eta},
         "kept_vocabulary": {"words": noted.words, "tensors": len(subset.filters)},
         "resolution": config.resolution or model.native_resolution,
         "seed": config.seed,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "collect_batch_size": noted.collect_batch_size,
+        "threads": noted.threads,
+        "processor": processor_of(model.device),
         "interrupted": interrupted,
         **({"resumed_at": noted.resumed_at} if noted.resumed_at else {}),
         "losses": list(fitter.losses),

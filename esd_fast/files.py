@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -54,6 +56,17 @@ def check_target(target: Path, overwrite: bool, *, folder: bool = False) -> None
         raise FileExistsError(f"{target} is {kind}; name another place")
     if folder and not (target / "model_index.json").is_file():
         raise FileExistsError(f"{target} is no diffusers model; a folder of yours is not replaced")
+
+
+def parsed_json(text: str | bytes, what: str) -> Any:
+    """Raises ValueError, in one line that begins with `what`, where it is none: bytes that are no
+    text, nesting or numbers that Python does not take as well."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{what} is damaged: nested too deeply") from None
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are of this kind
+        raise ValueError(f"{what} is damaged: {error}") from None
 
 
 def current_umask() -> int:

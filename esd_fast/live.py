@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -60,6 +62,34 @@ def hook_names(unet: Any) -> set[str]:
     return {name for registry in registries if registry is not None for name in registry.hooks}
 
 
+# UNets that a run works on. A set beside them: a mark on a UNet would go into its copies.
+_WORKED_ON: weakref.WeakSet[Any] = weakref.WeakSet()
+_ONE_AT_A_TIME = threading.Lock()
+
+
+@contextmanager
+def alone(pipeline: Any) -> Iterator[None]:
+    """Within: no other run works on this pipeline's UNet. Raises RuntimeError where one does."""
+    unet = plain_module(pipeline.unet)
+    with _ONE_AT_A_TIME:
+        check_idle(unet)
+        _WORKED_ON.add(unet)
+    try:
+        yield
+    finally:
+        with _ONE_AT_A_TIME:
+            _WORKED_ON.discard(unet)
+
+
+def check_idle(unet: Any) -> None:
+    """Raises RuntimeError where a run works on `unet`: what is written to it meanwhile is lost."""
+    if unet in _WORKED_ON:
+        raise RuntimeError(
+            "an erasure is being trained on this pipeline's UNet; wait for it, or give each thread "
+            "a pipeline of its own (copy.deepcopy makes one)"
+        )
+
+
 @contextmanager
 def onloaded(pipeline: Any) -> Iterator[None]:
     """Within: a pipeline under enable_model_cpu_offload has its UNet on the device that it runs
@@ -79,11 +109,11 @@ def onloaded(pipeline: Any) -> Iterator[None]:
 
 
 def onloading(function: Callable[..., Any]) -> Callable[..., Any]:
-    """For functions of a Model: they run within `onloaded`."""
+    """For functions of a Model: they run within `onloaded`, and alone."""
 
     @functools.wraps(function)
     def wrapper(model: Any, *arguments: Any, **settings: Any) -> Any:
-        with onloaded(model.pipeline):
+        with alone(model.pipeline), onloaded(model.pipeline):
             return function(model, *arguments, **settings)
 
     return wrapper

@@ -60,7 +60,7 @@ def from_csv(path: Path, text: str) -> Iterator[Case]:
         if header.count(PROMPT) != 1:
             raise ValueError(
                 f"{path} must have one column {PROMPT!r}, separated by commas; its first line "
-                f"has {', '.join(map(repr, header[:8])) or 'nothing'}"
+                f"has {', '.join(repr(name[:40]) for name in header[:8]) or 'nothing'}"
             )
         for index, row in enumerate(filter(any, reader)):
             where = f"{path}, line {reader.line_num}"
@@ -90,5 +90,5 @@ def whole_number(text: str, name: str, where: str) -> int | None:
         return None
     found = re.fullmatch(r"(\d{1,18})(?:\.0+)?", text, re.ASCII)
     if found is None:
-        raise ValueError(f"{where}: {name} is {text!r}; it must be a whole number from 0")
+        raise ValueError(f"{where}: {name} is {text[:40]!r}; it must be a whole number from 0")
     return int(found[1])

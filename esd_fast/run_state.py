@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .bases import digest_of, model_digest, scheduler_told
+from .bases import base_digest, digest_of
 from .config import EraseConfig, Loading
 from .erasure import versions
+from .files import parsed_json
 from .interrupts import held_back
 from .stored_samples import CHECKSUM_KEY, checksum_of, samples_in, tensors_of
 from .tensor_files import Lazy, open_safetensors, write_tensors
@@ -73,7 +74,7 @@ class Identity:
         return cls(
             json.loads(json.dumps(dataclasses.asdict(config))),
             model.source,
-            digest_of([model_digest(model), *scheduler_told(model)]),
+            base_digest(model),
             digest_of(given),
         )
 
@@ -330,7 +331,7 @@ def read_state(file: Path) -> RunState:
     try:
         opened = open_safetensors(file)
         text = opened.metadata[STATE_KEY]
-        said = json.loads(text)
+        said = parsed_json(text, "its state")
         version = said.pop("format")
     except KeyError:
         raise DamagedError(f"{file} is no checkpoint of a run") from None
@@ -344,18 +345,44 @@ def read_state(file: Path) -> RunState:
         raise DamagedError(f"{file} is damaged: its checksum differs")
     try:
         identity = Identity(**said.pop("identity"))
-        return RunState(identity, **said, tensors=opened.tensors)
+        state = RunState(identity, **said, tensors=opened.tensors)
     except (KeyError, TypeError):
         raise DamagedError(f"{file} is damaged: it lacks a part of the state") from None
+    if wrong := wrong_type(state):
+        raise DamagedError(f"{file} is damaged: its {wrong} is of another type")
+    return state
+
+
+def wrong_type(state: RunState) -> str:
+    """The first part of a state that cannot be what it is called; a checksum tells only that nobody
+    changed the file by accident."""
+
+    def all_are(kinds: Any, values: Any, within: type = list) -> bool:
+        if not isinstance(values, within):
+            return False
+        inner: Any = values.values() if isinstance(values, dict) else values
+        return all(isinstance(value, kinds) and not isinstance(value, bool) for value in inner)
+
+    number, phases = (int, float), {"total", "collect", "fit"}
+    identity, seconds = state.identity, state.seconds
+    right = {
+        "config": isinstance(identity.config, dict),
+        "identity": all_are(str, [identity.model, identity.base, identity.arguments]),
+        "losses": all_are(number, state.losses),
+        "skipped": all_are(int, [state.skipped, state.skipped_in_a_row]),
+        "scaler": isinstance(state.scaler, dict),
+        "optimizer": all_are(dict, state.optimizer, dict),
+        "seconds": all_are(number, seconds, dict) and seconds.keys() >= phases,
+        "every": state.every is None or all_are(int, [state.every]),
+        "resumed_at": all_are(int, state.resumed_at),
+        "versions": all_are(str, state.versions, dict),
+    }
+    return next((name for name, fine in right.items() if not fine), "")
 
 
 def config_in(state: RunState) -> EraseConfig:
-    """The configuration that a state's run has. Whether pickled files may be read is asked anew:
-    a file cannot consent to that."""
-    try:
-        return EraseConfig(**{**state.identity.config, "given": None, "allow_pickle": False})
-    except TypeError as error:
-        raise ValueError(f"the checkpoint's config is of another version: {error}") from None
+    """The configuration that a state's run has."""
+    return EraseConfig.recorded(state.identity.config, "the checkpoint")
 
 
 @dataclass
@@ -363,7 +390,7 @@ class Keeper:
     """Takes the state of one run up, and puts it down where and when its checkpoints say."""
 
     checkpoints: Checkpoints
-    identity: Identity | None
+    identity: Identity
     resume: RunState | None
     subset: TrainableSubset
     fitter: Fitter
@@ -409,7 +436,6 @@ class Keeper:
             return None
 
     def write(self) -> Path:
-        assert self.identity is not None
         stops = [] if self.resume is None else self.resume.stops
         passed = {"total": time.perf_counter() - self.started, **self.seconds}
         state = state_of(

@@ -13,7 +13,7 @@ timestep: PNDM, Heun and Karras lists name some timesteps twice.
 from __future__ import annotations
 
 import copy
-import warnings
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,9 +58,9 @@ def probe(scheduler: Any, num_inference_steps: int, start: int = 0) -> Scheduler
         return f"{num_inference_steps} steps of {trained} training timesteps"
     scheduler = copy.deepcopy(scheduler)
     try:
-        # the scheduler's own warnings come where it is really called
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad():
-            warnings.simplefilter("ignore")
+        # neither catch_warnings nor fork_rng: both put back a state of the whole process, and other
+        # threads may have moved it on meanwhile
+        with torch.no_grad():
             table = measure(scheduler, num_inference_steps, start)
             return why_not(table, scheduler, num_inference_steps, start) or table
     except Exception as error:  # noqa: BLE001 -- whatever it is, the scheduler is called instead
@@ -116,7 +116,10 @@ def why_not(table: SchedulerTable, scheduler: Any, num_inference_steps: int, sta
 
 
 def step(scheduler: Any, prediction: Tensor, timestep: Tensor, state: Tensor) -> Tensor:
-    after: Tensor = scheduler.step(prediction, timestep, state, return_dict=False)[0]
+    """One that draws noise draws it from a generator of its own."""
+    takes = inspect.signature(scheduler.step).parameters
+    own = {"generator": torch.Generator("cpu").manual_seed(0)} if "generator" in takes else {}
+    after: Tensor = scheduler.step(prediction, timestep, state, return_dict=False, **own)[0]
     return after
 
 

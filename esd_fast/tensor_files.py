@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .files import replacing
+from .files import parsed_json, replacing
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +71,15 @@ def open_tensors(path: Path, allow_pickle: bool = False) -> TensorFile:
     raise ValueError(f"{path} must be a file {', '.join(('.safetensors', *PICKLED))}")
 
 
+LONGEST_SIDE = 2**63 - 1  # torch's; a tensor of no elements may claim any in its file
+
+
+def check_sides(path: Path, shapes: Iterable[Iterable[int]]) -> None:
+    """Raises ValueError where no tensor of torch can be so long."""
+    if any(side > LONGEST_SIDE for shape in shapes for side in shape):
+        raise ValueError(f"{path} is damaged: a tensor's shape is no shape")
+
+
 def open_safetensors(path: Path) -> TensorFile:
     import torch
     from safetensors import SafetensorError, safe_open
@@ -82,9 +91,10 @@ def open_safetensors(path: Path) -> TensorFile:
         raise ValueError(f"{path} is no whole safetensors file: {error}") from None
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+        header = parsed_json(file.read(length), str(path))
         mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     header.pop("__metadata__", None)
+    check_sides(path, (entry["shape"] for entry in header.values()))
     unknown = {e["dtype"] for e in header.values()} - DTYPES.keys()
     if unknown:
         raise ValueError(f"{path} holds tensors of a type not known here: {', '.join(unknown)}")

@@ -5,7 +5,9 @@
 
 `esd_fast` is the package's own code (Teacher, Fitter), launched step by step, `packed` the same on a UNet of its
 own with weights packed by oneDNN and the prompt's keys and values kept, as long runs on the CPU have it, `graphs`
-the same captured as CUDA graphs and replayed (CUDA; the first step is then warm-up, capture and replay), `eager`
+the first one captured as CUDA graphs and replayed (CUDA; the first step is then warm-up, capture and replay),
+`fused graphs` that on a UNet of its own with fused operators, channels_last and the prompt's keys and values kept,
+as a run on CUDA has it (its memory would count two UNets and is not given), `eager`
 what the diffusers pipeline and the public scripts
 do (trainable weights in the UNet's dtype, loss in float32), `compiled` the same with the UNet under torch.compile
 (CUDA), `floor` the sum of the convolutions, matrix products and attention calls of the eager step, or of the
@@ -414,15 +416,24 @@ def packed(make: Callable[[Work], Step], copied: bool = True) -> Callable[[Work]
         contexts.enter_context(frozen_convolutions(unet))
         contexts.enter_context(kept_projections(unet))
         contexts.enter_context(packed_weights(unet))
-        step = make(dataclasses.replace(work, unet=unet))
-        return functools.partial(within, contexts, step)
+        return Within(contexts, make(dataclasses.replace(work, unet=unet)))
 
     return made
 
 
-def within(_: ExitStack, step: Step) -> object:
-    """Contexts that nobody holds are left at once."""
-    return step()
+@dataclass(frozen=True)
+class Within:
+    """A step in contexts, which are left at once where nobody holds them."""
+
+    contexts: ExitStack
+    step: Step
+
+    def __call__(self) -> object:
+        return self.step()
+
+    @property
+    def note(self) -> str:
+        return getattr(self.step, "note", "")
 
 
 STEPS: dict[str, dict[str, Callable[[Work], Step]]] = {
@@ -430,6 +441,7 @@ STEPS: dict[str, dict[str, Callable[[Work], Step]]] = {
         "esd_fast": guided_esd_fast,
         "packed": packed(guided_esd_fast),
         "graphs": guided_graphs,
+        "fused graphs": packed(guided_graphs),
         "eager": guided_eager,
         "compiled": compiled(guided_eager),
     },
@@ -437,6 +449,7 @@ STEPS: dict[str, dict[str, Callable[[Work], Step]]] = {
         "esd_fast": fit_esd_fast,
         "packed": packed(fit_esd_fast),
         "graphs": fit_graphs,
+        "fused graphs": packed(fit_graphs),
         "eager": fit_eager,
         "compiled": compiled(fit_eager),
     },
@@ -461,7 +474,7 @@ def run(settings: Settings) -> Iterator[Row]:
     keep_pages()
     quiet_libraries()
     everything = list(jobs(settings))
-    graphs = ("graphs",) if on_cuda(settings.device) else ()
+    graphs = ("graphs", "fused graphs") if on_cuda(settings.device) else ()
     for job in everything:
         if not measured_before(job, "floor", settings):  # the last row of each
             yield from measure_job(job, ("esd_fast", *graphs, *packed_on(job), "eager"))
@@ -521,7 +534,8 @@ def measured(job: Job, contestants: tuple[str, ...]) -> Iterator[Row]:
         if on_cuda(job.device) and not job.quick:
             with_warm_libraries(work, kind)
             for contestant in contestants:
-                apart.setdefault(contestant, {})[kind] = alone(work, kind, contestant)
+                if contestant != "fused graphs":
+                    apart.setdefault(contestant, {})[kind] = alone(work, kind, contestant)
         yield from measure_kind(job, work, kind, contestants, apart)
         release(job.device)
 
@@ -665,6 +679,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 COLOURS = {
     "packed": "#e69f00",
+    "fused graphs": "#7b3294",
     "esd_fast": "#d55e00",
     "graphs": "#cc79a7",
     "eager": "#56b4e9",

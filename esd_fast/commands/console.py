@@ -24,6 +24,7 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
+    warnings.filterwarnings("ignore", message="Detected pickle protocol")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # diffusers imports it where it is
 
 

@@ -21,6 +21,7 @@ from esd_fast.prompts import file_part, safe_name
 
 from .console import Bars, peak_memory_bytes, quiet_libraries
 from .reference_flags import reference_file, translated
+from .repeating import Repeated, run_to_repeat
 
 if TYPE_CHECKING:
     from esd_fast.erasure import Erasure
@@ -35,11 +36,12 @@ KEEP_PROMPTS = ("a photo of a dog", "a house by a lake", "a portrait of a woman"
 def train(arguments: argparse.Namespace) -> int:
     """Exit code 0; 130 after Ctrl-C or SIGTERM, with the work so far saved."""
     started = process_start()
+    repeated = run_to_repeat(arguments)
     for note in translated(arguments):
         print(f"note: {note}", file=sys.stderr)
     stored = samples_to_take(arguments)
     resume = state_to_resume(arguments)
-    config = config_of(arguments, resume, stored)
+    config = config_of(arguments, resume, repeated, stored)
     if arguments.harden < 0:
         refuse("--harden", arguments.harden, "a whole number from 0 (rounds of hardening; 0: none)")
     if arguments.harden and (resume or arguments.checkpoint_every is not None):
@@ -55,7 +57,11 @@ def train(arguments: argparse.Namespace) -> int:
     from esd_fast.run_state import Checkpoints, forget_checkpoints
 
     checkpoints = Checkpoints.of(folder, arguments.checkpoint_every, resume)
+    if repeated:
+        repeated.same_threads()
     model = load_model(arguments.model, config)
+    if repeated:
+        repeated.check_base(model)
     if resume is None:
         forget_checkpoints(folder)  # --overwrite was said
     config = config.for_model(model)
@@ -73,6 +79,10 @@ def train(arguments: argparse.Namespace) -> int:
         erasure, interruption = caught.erasure, caught
     finally:
         bars.close()
+    erasure.manifest["pictures"] = {
+        "columns": columns,
+        "keep_prompts": arguments.keep_prompt,
+    }
     save(erasure, folder)
     if delta:
         erasure.save(delta)
@@ -98,6 +108,9 @@ def train(arguments: argparse.Namespace) -> int:
 
     page = write_report(folder, report)
     print(summary(report, page))
+    if repeated:
+        repeated.tell_outcome(erasure)
+    print(f"  again: esd-fast train --manifest {shlex.quote(str(folder))}")
     return 0
 
 
@@ -147,7 +160,12 @@ def process_start() -> float:
 def state_to_resume(arguments: argparse.Namespace) -> RunState | None:
     """With --resume: the newest whole checkpoint. Model and output are then its run's."""
     if arguments.resume is None:
-        if not (arguments.concept or arguments.concepts_file or arguments.samples_file):
+        if not (
+            arguments.concept
+            or arguments.concepts_file
+            or arguments.manifest
+            or arguments.samples_file
+        ):
             raise ValueError("what to erase is missing: --concept, --concepts-file or --prompt")
         return None
     from esd_fast.run_state import newest_state
@@ -170,9 +188,9 @@ def samples_to_take(arguments: argparse.Namespace) -> StoredSamples | None:
     """With --samples: the file. The model is then its own, if none is named."""
     if arguments.samples_file is None:
         return None
-    for other, name in (("resume", "--resume"), ("harden", "--harden")):
+    for other in ("resume", "manifest", "harden"):
         if getattr(arguments, other):
-            raise ValueError(f"--samples and {name} do not go together: give one of them")
+            raise ValueError(f"--samples and --{other} do not go together: give one of them")
     from esd_fast.stored_samples import read_samples
 
     stored = read_samples(arguments.samples_file)
@@ -184,10 +202,11 @@ def samples_to_take(arguments: argparse.Namespace) -> StoredSamples | None:
 def config_of(
     arguments: argparse.Namespace,
     resume: RunState | None = None,
+    repeated: Repeated | None = None,
     stored: StoredSamples | None = None,
 ) -> EraseConfig:
     """Every field of EraseConfig that the command line gives; over those of a resumed run or of
-    stored samples, which are compared where the run begins."""
+    stored samples, which are compared where the run begins, or of one that is repeated."""
     names = {f.name for f in dataclasses.fields(EraseConfig)} - {"concept", "preset"}
     given = {n: getattr(arguments, n) for n in names if hasattr(arguments, n)}
     concepts = arguments.concept
@@ -196,8 +215,11 @@ def config_of(
     if arguments.preserve_file is not None:
         listed = [case.prompt for case in read_prompts(arguments.preserve_file)]
         given["preserve"] = [*(given["preserve"] or ()), *listed]
-    if given["erase_from"] is not None and concepts and len(concepts) > 1:  # "" leaves one out
+    recorded = repeated.config.concepts if repeated else ()
+    if given["erase_from"] is not None and len(concepts or recorded) > 1:  # "" leaves one out
         given["erase_from"] = [text or None for text in given["erase_from"]]
+    if repeated:
+        return repeated.with_given({"concept": concepts, **given})
     if resume is not None:
         from esd_fast.run_state import config_in
 

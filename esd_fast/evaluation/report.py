@@ -66,12 +66,16 @@ MANIFEST = {
     "erase_from": "erased from",
     "model": "base model",
     "base_fingerprint": "base hash (of the weights that train)",
+    "base_digest": "base hash (UNet, text encoders, scheduler)",
+    "result_fingerprint": "hash of the result",
     "family": "family",
     "preserved": "preserved",
     "method": "method",
     "preset": "preset",
     "seed": "seed",
     "resolution": "resolution",
+    "threads": "threads",
+    "processor": "processor",
 }
 PATH_NOTES = {
     "attention": "which implementation computed attention in the UNet",

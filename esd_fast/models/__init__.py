@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,11 @@ __all__ = [
 ]
 
 
+# While diffusers and transformers load they set torch's default dtype and replace methods of
+# nn.Module, for all threads, and put back what they found: two at once would leave it changed.
+_ONE_LOADS = threading.Lock()
+
+
 def load_model(model: Any, config: EraseConfig) -> Model:
     """`model`: a live pipeline, a diffusers folder, a hub id, a single file in the original
     layout, or None for the embedded one.
@@ -52,9 +58,10 @@ def load_model(model: Any, config: EraseConfig) -> Model:
             f"model is a {type(model).__name__}; it must be a diffusers pipeline, a folder, "
             "a checkpoint file, a hub id, or None for the embedded model"
         )
-    found = look_at(str(model_path() if model is None else model), config.loading)
-    device = resolve_device(config.device)
-    pipeline = found.load(resolve_dtype(config.dtype, device, found.described.unet))
+    with _ONE_LOADS:
+        found = look_at(str(model_path() if model is None else model), config.loading)
+        device = resolve_device(config.device)
+        pipeline = found.load(resolve_dtype(config.dtype, device, found.described.unet))
     check_vocabulary(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.unet.to(device)  # the VAE stays behind: no picture is decoded in training

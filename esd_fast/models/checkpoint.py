@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import re
-import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from esd_fast.tensor_files import check_sides
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
@@ -54,8 +55,10 @@ def open_safetensors(path: Path) -> Checkpoint:
     try:
         with safe_open(path, framework="pt") as opened:
             pieces = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            shapes = {name: piece.get_shape() for name, piece in pieces.items()}
+            check_sides(path, shapes.values())
             # of the dtype nothing depends
-            tensors = {n: torch.empty(p.get_shape(), device="meta") for n, p in pieces.items()}
+            tensors = {name: torch.empty(s, device="meta") for name, s in shapes.items()}
             return Checkpoint(path, tensors, opened.metadata() or {})
     except SafetensorError as error:
         raise ValueError(f"{path} is no whole safetensors file: {error}") from None
@@ -64,9 +67,7 @@ def open_safetensors(path: Path) -> Checkpoint:
 def unpickled(path: Path, allow_pickle: bool) -> Any:
     zipped = zipfile.is_zipfile(path)  # the older format cannot be mapped
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of pickle protocols
-            return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
+        return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
     except pickle.UnpicklingError as error:
         refused = refused_object(error)
         if refused and allow_pickle:

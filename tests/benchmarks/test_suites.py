@@ -11,7 +11,7 @@ from rows import Row
 from suites import cpu, kernels, step
 
 from esd_fast import ops
-from esd_fast.graphs import Twin
+from esd_fast.graphs import WARM_UPS, Twin
 from esd_fast.parameters import trainable_names
 
 # diffusers' Euler scheduler hands tensors to NumPy in a way that NumPy will not take for ever
@@ -115,6 +115,15 @@ def test_kernels_quick():
     assert draw(kernels, rows).axes
 
 
+def test_kernels_are_captured_once_and_replayed():
+    calls = []
+    contestants = kernels.replayed({"one": lambda: calls.append(1)}, "cpu", Twin())
+    for _ in range(2):
+        contestants["one"]()
+    assert len(calls) == WARM_UPS + 2
+    assert kernels.replayed(contestants, "cpu") is contestants
+
+
 # --- step ---------------------------------------------------------------------------------------------
 
 
@@ -127,10 +136,13 @@ def test_guided_steps_are_the_same(family):
     work = step.work_on(step.built(job(family)), job(family))
     ours, eager = step.guided_esd_fast(work), step.guided_eager(work)
     replayed = step.guided_graphs(work, Twin())
+    fused = step.packed(lambda its: step.guided_graphs(its, Twin()))(work)
     for _ in range(3):
         expected = eager()
         assert close(ours(), expected, 1e-4)
         assert close(replayed(), expected, 1e-4)
+        assert close(fused(), expected, 1e-4)
+    assert fused.note == replayed.note
     assert replayed.note == "CUDA graphs: yes (1 captured, 3 steps replayed)"
 
 
