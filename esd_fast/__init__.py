@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .collecting import collect_samples
     from .config import PRESETS, EraseConfig
     from .erasure import Erasure, load
     from .esd import EraseInterrupted, Progress, erase
@@ -23,6 +24,7 @@ __all__ = [
     "EraseInterrupted",
     "Erasure",
     "Progress",
+    "collect_samples",
     "erase",
     "give_back_pages",
     "keep_pages",
@@ -35,6 +37,7 @@ _HOMES = {
     "EraseInterrupted": "esd",
     "Progress": "esd",
     "erase": "esd",
+    "collect_samples": "collecting",
     "Erasure": "erasure",
     "load": "erasure",
     "keep_pages": "pages",

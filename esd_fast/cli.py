@@ -70,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"esd-fast {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     add_train(commands)
+    add_collect(commands)
     add_generate(commands)
     add_eval(commands)
     add_verify(commands)
@@ -96,29 +97,24 @@ def add_train(commands: Any) -> None:
     train.set_defaults(run=lazily("train"))
     say = train.add_argument
     what = train.add_mutually_exclusive_group().add_argument  # --resume says it as well
-    what(
-        "--concept",
-        "--erase_concept",
-        action="append",
-        metavar="CONCEPT",
-        help='what to erase, such as "cat" or "Van Gogh"; repeatable',
-    )
-    what("--concepts-file", type=place, metavar="FILE", help="what to erase, a concept a line")
+    add_concepts(what)
     what("--prompt", metavar="CONCEPT", help="the same with the paper's recipe, see below")
-    say(
-        "--erase-from",
-        "--erase_from",
-        action="append",
-        metavar="PROMPT",
-        help="erase the concept from this wider prompt only; of several concepts all, or repeated "
-        'for each ("" leaves one out)',
-    )
+    add_prompts_beside(say)
     say(
         "--concept-weights",
         type=float,
         nargs="+",
         metavar="X",
         help="of each of several concepts in the loss (default: alike)",
+    )
+    say("--preserve-weight", type=float, metavar="X", help="of preserved prompts in the loss")
+    say(
+        "--samples",
+        dest="samples_file",
+        type=place,
+        metavar="FILE",
+        help="of `esd-fast collect`: nothing is collected but what it lacks, and what is not said "
+        "is as it was there",
     )
     add_loading(say, MODELS)
     say("--output", type=place, metavar="FOLDER", help="where results go (default: erased-CONCEPT)")
@@ -154,8 +150,6 @@ def add_train(commands: Any) -> None:
         metavar="METHOD",
         help="which weights train, see below",
     )
-    say("--iterations", type=int, metavar="N", help="optimizer steps")
-    say("--batch-size", "--batchsize", type=int, metavar="N", help="samples an optimizer step")
     say("--learning-rate", "--lr", type=float, metavar="X", help="of the optimizer")
     say("--optimizer", choices=CHOICES["optimizer"], help="default: adam; 8bit: an extra")
     say("--weight-decay", type=float, metavar="X", help="of adamw (default: 0.01)")
@@ -168,14 +162,6 @@ def add_train(commands: Any) -> None:
         help="how far to push from the concept",
     )
     say("--anchor", choices=CHOICES["anchor"], help="what the target starts from")
-    say("--guidance-scale", "--guidance_scale", type=float, metavar="X", help="of the rollout")
-    say(
-        "--num-inference-steps",
-        "--num_inference_steps",
-        type=int,
-        metavar="N",
-        help="scheduler steps of a trajectory",
-    )
     say("--keep-vocabulary", type=float, metavar="X", help="hold to other words' meaning; 0: off")
     say(
         "--harden",
@@ -183,14 +169,8 @@ def add_train(commands: Any) -> None:
         metavar="N",
         help="rounds of concept inversion whose tokens are erased as well (default: 0)",
     )
-    say("--collect-batch-size", type=int, metavar="N", help="trajectories side by side")
-    say("--vram", metavar="SIZE", help="memory to fit, such as 8GB (default: what is free)")
     say("--checkpointing", choices=CHOICES["checkpointing"], help="default: as --vram demands")
-    say("--resolution", type=int, metavar="PIXELS", help="default: the model's own")
-    say("--seed", type=int, metavar="N", help="default: 0")
-    say("--dtype", choices=CHOICES["dtype"], help="of the frozen weights")
-    say("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: the best there)")
-    say("--cuda-graphs", choices=CHOICES["cuda_graphs"], help="replay recorded steps (auto)")
+    add_collecting(say)
     say(
         "--keep-prompt",
         type=words,
@@ -218,6 +198,77 @@ def add_train(commands: Any) -> None:
     theirs("--regularize", type=float, metavar="X", help="with --prompt: 0")
     for unused in ("--config_path", "--diffusers_config_path"):
         theirs(unused, help=argparse.SUPPRESS)
+
+
+def add_concepts(say: Callable[..., Any]) -> None:
+    say(
+        "--concept",
+        "--erase_concept",
+        action="append",
+        metavar="CONCEPT",
+        help='what to erase, such as "cat" or "Van Gogh"; repeatable',
+    )
+    say("--concepts-file", type=place, metavar="FILE", help="what to erase, a concept a line")
+
+
+def add_prompts_beside(say: Callable[..., Any]) -> None:
+    """What else is said of what is erased, and of what stays."""
+    say(
+        "--erase-from",
+        "--erase_from",
+        action="append",
+        metavar="PROMPT",
+        help="erase the concept from this wider prompt only; of several concepts all, or repeated "
+        'for each ("" leaves one out)',
+    )
+    say(
+        "--preserve",
+        action="append",
+        metavar="PROMPT",
+        help='a prompt that is to stay as it is; repeatable; "default" stands for some of the '
+        "model's own",
+    )
+    say("--preserve-file", type=place, metavar="FILE", help="such prompts, one a line")
+
+
+def add_collecting(say: Callable[..., Any]) -> None:
+    """How many samples, and how they are collected."""
+    say("--iterations", type=int, metavar="N", help="optimizer steps")
+    say("--batch-size", "--batchsize", type=int, metavar="N", help="samples an optimizer step")
+    say("--guidance-scale", "--guidance_scale", type=float, metavar="X", help="of the rollout")
+    say(
+        "--num-inference-steps",
+        "--num_inference_steps",
+        type=int,
+        metavar="N",
+        help="scheduler steps of a trajectory",
+    )
+    say("--collect-batch-size", type=int, metavar="N", help="trajectories side by side")
+    say("--vram", metavar="SIZE", help="memory to fit, such as 8GB (default: what is free)")
+    say("--resolution", type=int, metavar="PIXELS", help="default: the model's own")
+    say("--seed", type=int, metavar="N", help="default: 0")
+    say("--dtype", choices=CHOICES["dtype"], help="of the frozen weights")
+    say("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: the best there)")
+    say("--cuda-graphs", choices=CHOICES["cuda_graphs"], help="replay recorded steps (auto)")
+
+
+def add_collect(commands: Any) -> None:
+    collect = commands.add_parser(
+        "collect",
+        help="the samples of an erasure alone, for several runs of `train`",
+        description="Let the model draw what `train` learns from, and keep it: `train --samples` "
+        "then takes it, with any --method, --learning-rate, --negative-guidance or "
+        "--keep-vocabulary. Without --model the embedded emoji model is used.",
+    )
+    collect.set_defaults(run=lazily("collect"))
+    say = collect.add_argument
+    add_concepts(collect.add_mutually_exclusive_group(required=True).add_argument)
+    add_prompts_beside(say)
+    add_loading(say, MODELS)
+    say("--output", type=place, metavar="FILE", help="default: samples-CONCEPT.safetensors")
+    say("--overwrite", action="store_true", help="replace a file of that name")
+    say("--preset", choices=list(PRESETS)[:2], default="fast", help="recipe (default: fast)")
+    add_collecting(say)
 
 
 def add_loading(
@@ -607,7 +658,7 @@ def add_info(commands: Any) -> None:
         "path",
         type=place,
         nargs="?",
-        help="a delta file, the folder of a run, or a diffusers folder",
+        help="a delta file, the folder of a run, a file of samples, or a diffusers folder",
     )
     add_loading(info.add_argument, "a diffusers folder, checkpoint file or hub id")
     info.add_argument("--json", action="store_true", help="as JSON")
@@ -626,6 +677,12 @@ def add_plan(commands: Any) -> None:
     say("--method", dest="train_method", default="esd-x", metavar="METHOD", help="default: esd-x")
     say("--resolution", type=int, metavar="PIXELS", help="default: the model's own")
     say("--batch-size", type=int, default=1, metavar="N", help="samples a step (default: 1)")
+    say(
+        "--preserve",
+        action="append",
+        metavar="PROMPT",
+        help="as in train: a step then holds twice as many samples, whatever the prompts",
+    )
     say("--dtype", choices=CHOICES["dtype"][1:], default="bfloat16", help="of the frozen weights")
     say("--optimizer", choices=CHOICES["optimizer"], default="adam", help="default: adam")
     say("--vram", metavar="SIZE", help="of the card, such as 8GB")

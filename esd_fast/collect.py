@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +24,9 @@ class TeacherSamples:
 
     `latents` (N, C, h, w) are what the UNet is given, `scale_model_input` applied; `timesteps`
     (N,) as the scheduler lists them; the predictions (N, C, h, w) in the UNet's dtype; `concepts`
-    (N,) which of a run's concepts each belongs to, by number; None where there is one.
+    (N,) which of a run's concepts each belongs to, by number; None where there is one. Of a
+    concept that is preserved all predictions are the same, that for its own prompt: so is the
+    target, whatever the anchor and the negative guidance.
     """
 
     latents: torch.Tensor
@@ -149,7 +151,8 @@ class Teacher:
     ) -> torch.Tensor:
         """Classifier-free guidance and the scheduler's step. The state stays float32: a
         scheduler's own half-precision run is percents off."""
-        null, rolled = predictions["null"].float(), predictions[self.rolled].float()
+        rolled = predictions[self.rolled].float()
+        null = predictions["null"].float() if "null" in predictions else rolled
         guided = null + self.guidance_scale * (rolled - null)
         return self.scheduler.step(guided, timestep, latents, return_dict=False)[0]
 
@@ -300,6 +303,18 @@ def collect_all(
     return trajectory.samples()
 
 
+def collect_preserved(
+    teacher: Teacher, rollout: Rollout, on_pass: Callable[[int], None]
+) -> TeacherSamples:
+    """`collect_all` of prompts that are preserved, asked alone and followed without guidance: the
+    states that the model was trained on, for one UNet pass each."""
+    alone = replace(teacher, rolled="concept", asked=("concept",))
+    samples = collect_all(alone, rollout, on_pass)
+    if "erase_from" in teacher.asked:
+        return replace(samples, noise_pred_erase_from=samples.noise_pred_concept)
+    return samples
+
+
 @torch.no_grad()
 def collect_last(
     teacher: Teacher,
@@ -338,7 +353,7 @@ def as_samples(
     return TeacherSamples(
         latents=inputs,
         timesteps=timestep.to(inputs.device).expand(len(inputs)),
-        noise_pred_null=predictions["null"],
+        noise_pred_null=predictions.get("null", predictions["concept"]),
         noise_pred_concept=predictions["concept"],
         noise_pred_erase_from=predictions.get("erase_from"),
         concepts=concepts,
@@ -347,8 +362,6 @@ def as_samples(
 
 def chunked(rollouts: list[Rollout], size: int) -> Iterator[Rollout]:
     """Whole trajectories side by side, `size` at a time (a forward of twice that many passes)."""
-    from dataclasses import replace
-
     for first in range(0, len(rollouts), size):
         together = rollouts[first : first + size]
         yield replace(

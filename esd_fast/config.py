@@ -13,11 +13,12 @@ from .demo import is_embedded
 from .demo import recipe as embedded_recipe
 from .optimizers import OPTIMIZERS, check_installed
 from .parameters import check_method
+from .preserve import resolved
 from .prompts import clean_prompt
 from .terminal import quoted
 
 if TYPE_CHECKING:
-    from .models.base import Family
+    from .models.base import Family, Model
 
 Anchor = Literal["concept", "null", "erase_from"]
 
@@ -59,6 +60,14 @@ class EraseConfig:
     several concepts one for all, or a list of one (or None) for each."""
     concept_weights: Sequence[float] | None = None
     """How much the samples of each of several concepts count in the loss; None: alike."""
+    preserve: str | Sequence[str] = ()
+    """Prompts that stay as they are: each step's batch holds as many of their samples as of what is
+    erased, and their target is the frozen model's own prediction. "default" stands for prompts
+    that the model has for this (preserve.py), as far as they do not name what is erased."""
+    preserve_weight: float = 3.0
+    """How much these count: the loss is the mean over samples of what is erased, and this times
+    the mean over samples of what is preserved (DreamBooth's prior preservation). Chosen by
+    benchmarks/preserve.py, in which 1 and 10 are not far off."""
     preset: str = "fast"
     """The recipe whose values the other fields started from."""
     train_method: str = "esd-x"
@@ -177,6 +186,13 @@ class EraseConfig:
         except TypeError as error:
             raise ValueError(f"{where}'s config is of another version: {error}") from None
 
+    def for_model(self, model: Model) -> EraseConfig:
+        """With what only a loaded model tells: its family's recipe, and what it preserves by
+        default."""
+        config = self.with_recipe(model.family)
+        preserve = resolved(config.preserve, model.general_prompts, config.concepts)
+        return dataclasses.replace(config, preserve=preserve)
+
     def with_recipe(self, family: Family) -> EraseConfig:
         """With the family's own values for all settings that were not asked for."""
         if self.given is None:
@@ -194,6 +210,14 @@ class EraseConfig:
         if self.concept_weights is not None:
             weights = clean_weights(self.concept_weights, self.concepts)
             object.__setattr__(self, "concept_weights", weights)
+        object.__setattr__(self, "preserve", clean_preserve(self.preserve, self.concepts))
+        check_number("preserve_weight", self.preserve_weight, above=0.0)
+        if self.preserve and self.samples == "last":
+            refuse(
+                "preserve",
+                self.preserve,
+                "left out where samples is 'last', as in the presets of published recipes",
+            )
         check_method(self.train_method)
         check_count("iterations", self.iterations)
         for name in ("batch_size", "collect_batch_size"):
@@ -251,6 +275,11 @@ class EraseConfig:
         if self.erase_from is None or isinstance(self.erase_from, str):
             return (self.erase_from,) * len(self.concepts)
         return tuple(self.erase_from)
+
+    @property
+    def samples_a_step(self) -> int:
+        """Rows of a batch in training."""
+        return self.batch_size * (2 if self.preserve else 1)
 
     @property
     def target_anchor(self) -> Anchor:
@@ -351,6 +380,19 @@ def clean_weights(weights: Any, concepts: tuple[str, ...]) -> tuple[float, ...]:
     for weight in weights:
         check_number("concept_weights", weight, above=0.0)
     return tuple(float(weight) for weight in weights)
+
+
+def clean_preserve(preserve: Any, concepts: tuple[str, ...]) -> tuple[str, ...]:
+    if isinstance(preserve, str):
+        preserve = [preserve]
+    if not isinstance(preserve, (list, tuple)):
+        refuse("preserve", preserve, "a list of texts")
+    cleaned = tuple(dict.fromkeys(clean_prompt("preserve", text) for text in preserve))
+    erased = {concept.casefold() for concept in concepts}
+    for text in cleaned:
+        if text.casefold() in erased:
+            raise ValueError(f"preserve holds {text!r}, which is to be erased")
+    return cleaned
 
 
 def check_choices(config: Any, *names: str) -> None:

@@ -96,7 +96,7 @@ def plan_of(
         dict(model.unet.config),  # type: ignore[arg-type]
         config.train_method,
         resolution,
-        batch_size=config.batch_size,
+        batch_size=config.samples_a_step,
         dtype=str(model.dtype).removeprefix("torch."),
         prompts=2 if config.erase_from is None else 3,
         vae_scale_factor=model.vae_scale_factor,

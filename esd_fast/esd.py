@@ -13,9 +13,16 @@ from typing import Any
 
 import torch
 
-from .collect import Teacher, TeacherSamples, chunked, collect_all, collect_last
-from .config import EraseConfig, refuse
-from .engine import engaged, layout_for
+from .collect import (
+    Teacher,
+    TeacherSamples,
+    chunked,
+    collect_all,
+    collect_last,
+    collect_preserved,
+)
+from .config import CHOICES, EraseConfig, refuse
+from .engine import Layout, engaged, layout_for
 from .erasure import Erasure, fingerprint, processor_of, versions
 from .fit import FitStep, Fitter, shuffled
 from .graphed_steps import RunGraphs
@@ -25,11 +32,12 @@ from .models import Conditioning, Model, PromptSet, load_model
 from .objective import Objective
 from .optimizers import described, make_optimizer
 from .parameters import TrainableSubset, canonical_method, only_trainable, trainable_names
-from .plan import Rollout, check_room, plan_rollouts
+from .plan import Plan, Rollout, check_room, plan_preserved, plan_rollouts
 from .run_state import Checkpoints, Identity, Keeper, RunState, newest_state
 from .schedules import scheduler_for
 from .sick_numbers import check_collected
 from .stepping_down import stepping_down
+from .stored_samples import StoredSamples, read_samples
 from .vocabulary import filters_for
 
 
@@ -58,12 +66,13 @@ def erase(
     model: Any = None,
     concept: str | Sequence[str] = "",
     *,
-    preset: str = "fast",
+    preset: str | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     on_step: Callable[[FitStep], None] | None = None,
     checkpoints: str | os.PathLike[str] | None = None,
     checkpoint_every: int | None = None,
     resume: str | os.PathLike[str] | None = None,
+    samples: str | os.PathLike[str] | StoredSamples | None = None,
     **settings: Any,
 ) -> Erasure:
     """Erase `concept`, or all of a list, from `model`; a live pipeline is left erased.
@@ -73,17 +82,29 @@ def erase(
     `settings`: any field of EraseConfig. `checkpoints`: a folder for the state of the unfinished
     run, kept on Ctrl-C and SIGTERM, and after every `checkpoint_every` steps; `resume`: such a
     folder, or a file of it, to go on from, with the same model and settings, to the same result
-    as without a stop (further checkpoints go there too). Raises ValueError for a bad value before
-    anything is loaded, EraseInterrupted on Ctrl-C in training, NonFiniteLoss where training went
-    wrong, CheckpointError where the folder cannot be written to; in the last three the model is
-    as it was. RuntimeError, at once, where another thread trains on the same pipeline.
+    as without a stop (further checkpoints go there too). `preset`: "fast", if not said. `samples`:
+    a file of `collect_samples`, or what that gives: nothing is collected but what it lacks, and
+    what is not said is as it was there (or "all" or "last", the setting of that name). Raises
+    ValueError for a bad value before anything is loaded, or for samples of something else,
+    EraseInterrupted on Ctrl-C in training, NonFiniteLoss where training went wrong,
+    CheckpointError where the folder cannot be written to; in the last three the model is as it
+    was. RuntimeError, at once, where another thread trains on the same pipeline.
 
     The caller's random state, default dtype, grad mode, deterministic settings, warnings filters
     and signal handlers are left alone; erasures on pipelines of their own may run in threads side
     by side. On the CPU the same seed gives the same bits on the same machine with the same versions
     and the same `torch.get_num_threads()` (what depends on that number: repeating.py).
     """
-    config = EraseConfig.from_preset(preset, concept, model, **settings)
+    stored = None
+    if samples in CHOICES["samples"]:
+        settings["samples"] = samples
+    elif samples is not None:
+        stored = samples if isinstance(samples, StoredSamples) else read_samples(samples)
+        settings = stored.settings(preset=preset, concept=concept or None, **settings)
+        preset, concept = settings.pop("preset"), settings.pop("concept")
+    config = EraseConfig.from_preset(preset or "fast", concept, model, **settings)
+    if stored:
+        stored.check_settings(config)
     given: dict[str, object] = {"checkpoints": checkpoints, "resume": resume}
     for name, value in given.items():
         if value is not None and not (isinstance(value, (str, os.PathLike)) and str(value)):
@@ -101,6 +122,7 @@ def erase(
         config,
         checkpoints=kept,
         resume=state,
+        stored=stored,
         on_progress=on_progress,
         on_step=on_step,
     )
@@ -120,6 +142,7 @@ def run(
     graphs: RunGraphs | None = None,
     checkpoints: Checkpoints | None = None,
     resume: RunState | None = None,
+    stored: StoredSamples | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     on_step: Callable[[FitStep], None] | None = None,
 ) -> Erasure:
@@ -128,9 +151,13 @@ def run(
     them, and erased from the same prompt. `config.iterations` is for all together. `rollouts`
     replaces the plan drawn from the seed, `words` the tokenizer's own, which `keep_vocabulary`
     holds to, `graphs` what `cuda_graphs` chooses. `resume`: the state of such a run to go on
-    from; ValueError where it is of another."""
+    from, `stored`: samples that need not be collected; ValueError where they are of another."""
     started = time.perf_counter() - (resume.seconds["total"] if resume else 0.0)
-    config = config.with_recipe(model.family)
+    config = config.for_model(model)
+    if stored:
+        if extra or rollouts is not None:
+            raise ValueError("stored samples are given, and so are extra or rollouts: collect anew")
+        stored.check(model, config)
     checkpoints = checkpoints or Checkpoints()
     identity = Identity.of(model, config, extra, rollouts, words)
     if resume:
@@ -138,30 +165,18 @@ def run(
     given = [
         name for name, value in (("rollouts", rollouts), ("words", words)) if value is not None
     ]
-    names = trainable_names(model.unet, config.train_method, model.family.name)
-    shape = model.latent_shape(config.resolution)
-    scheduler = scheduler_for(model.pipeline.scheduler, config)
-    resolution = shape[-1] * model.vae_scale_factor
-    layout = layout_for(model, config, names, resolution)
-    prompts = encode_prompts(model, config, resolution, extra)
-    filters, held_to = filters_for(
-        model, names, config.keep_vocabulary, resolution, words, erased=config.concepts
-    )
     graphs = graphs or RunGraphs.of(config.cuda_graphs, model.unet, config.optimizer)
-    teacher = Teacher(
-        unet=model.unet,
-        scheduler=scheduler,
-        prompts=prompts,
-        rolled=rolled_prompt(config),
-        asked=tuple(prompts.by_name),
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        graphs=graphs.guided,
+    prepared = prepare(model, config, graphs, extra, rollouts)
+    prompts, teacher, plan = prepared.prompts, prepared.teacher, prepared.plan
+    filters, held_to = filters_for(
+        model,
+        prepared.names,
+        config.keep_vocabulary,
+        prepared.resolution,
+        words,
+        erased=config.concepts,
     )
-    if rollouts is None:
-        check_room(config, shape, len(teacher.asked), model.device)
-        rollouts = plan_rollouts(config, scheduler.timesteps, shape, prompts.concepts)
-    subset = TrainableSubset.of(model.unet, names, filters)
+    subset = TrainableSubset.of(model.unet, prepared.names, filters)
     objective = Objective(config.target_anchor, config.negative_guidance)
     student = prompts["concept" if config.erase_from is None else "erase_from"]
     optimizer = make_optimizer(
@@ -177,7 +192,11 @@ def run(
         weights_of(config, prompts, model.device),
         watched=on_step is not None,
     )
-    paths = {"scheduler": teacher.scheduler_path(rollouts)}
+    paths = {"scheduler": teacher.scheduler_path(plan.erased)}
+    rest = plan.after(*stored.there_of(plan)) if stored else plan
+    collecting = passes_of(config, teacher, rest)
+    spared = passes_of(config, teacher, plan) - collecting
+    samples_file = stored.noted(plan, spared) if stored else {}
     noted = Noted(
         *(
             started,
@@ -189,20 +208,22 @@ def run(
             paths,
             graphs,
         ),
-        collect_batch_size=layout.collect_batch_size,
+        collect_batch_size=prepared.layout.collect_batch_size,
         resumed_at=resume.stops if resume else [],
+        samples_file=samples_file,
     )
-    collecting = passes_of(config, teacher, rollouts)
     meter = Meter(on_progress or (lambda _: None), collecting)
-    keeper = Keeper(checkpoints, identity, resume, subset, fitter, started, meter.seconds)
-    passes = collecting + 2 * config.iterations * config.batch_size  # forward and backward
+    keeper = Keeper(
+        checkpoints, identity, resume, subset, fitter, started, meter.seconds, samples_file
+    )
+    passes = collecting + 2 * config.iterations * config.samples_a_step  # forward and backward
 
     finished = False
     try:
         with (
             sigterm_interrupts(checkpoints.folder is not None),
             only_trainable(model.unet, subset),
-            engaged(model, layout, shape[1:], passes) as engine_paths,
+            engaged(model, prepared.layout, prepared.shape[1:], passes) as engine_paths,
         ):
             noted.paths.update(engine_paths)
             if prompts.concepts > 1:
@@ -210,13 +231,17 @@ def run(
             samples = keeper.restored()
             taken = len(fitter.losses)
             if resume:
-                done = rollouts if samples is not None else rollouts[:taken]
-                meter.resumed(passes_of(config, teacher, done), taken, config)
+                done = plan if samples is not None else Plan(plan.erased[:taken])
+                made = passes_of(config, teacher, done)
+                if samples is not None:
+                    made -= samples_file.get("unet_passes_spared", 0)
+                meter.resumed(made, taken, config)
             if samples is None and config.rollout == "frozen":
-                samples = collected(config, layout.collect_batch_size, teacher, rollouts, meter)
+                there = stored.samples_of(plan, model.device) if stored else ()
+                samples = collected(config, prepared, rest, meter, *there)
                 check_collected(fitter, samples)
                 keeper.collected(samples)
-            for batch in training_batches(config, samples, teacher, rollouts, subset, meter, taken):
+            for batch in training_batches(config, samples, prepared, subset, meter, taken):
                 step = fitter.step(batch)
                 meter.fitted(step, config)
                 keeper.stepped()
@@ -234,43 +259,105 @@ def run(
             subset.restore()
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A run before anything is collected or trained."""
+
+    names: list[str]
+    """Of the parameters that train."""
+    shape: tuple[int, int, int]
+    """(C, h, w) of one sample's latents."""
+    resolution: int
+    layout: Layout
+    prompts: PromptSet
+    teacher: Teacher
+    plan: Plan
+
+
+def prepare(
+    model: Model,
+    config: EraseConfig,
+    graphs: RunGraphs,
+    extra: Sequence[Conditioning] = (),
+    rollouts: list[Rollout] | None = None,
+) -> Prepared:
+    names = trainable_names(model.unet, config.train_method, model.family.name)
+    shape = model.latent_shape(config.resolution)
+    scheduler = scheduler_for(model.pipeline.scheduler, config)
+    resolution = shape[-1] * model.vae_scale_factor
+    layout = layout_for(model, config, names, resolution)
+    prompts = encode_prompts(model, config, resolution, extra)
+    teacher = Teacher(
+        unet=model.unet,
+        scheduler=scheduler,
+        prompts=prompts,
+        rolled=rolled_prompt(config),
+        asked=tuple(prompts.by_name),
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        graphs=graphs.guided,
+    )
+    if rollouts is None:
+        check_room(config, shape, len(teacher.asked), model.device)
+        rollouts = plan_rollouts(config, scheduler.timesteps, shape, prompts.erased)
+    preserved = range(prompts.erased, prompts.concepts)
+    plan = Plan(rollouts, plan_preserved(config, scheduler.timesteps, shape, preserved))
+    return Prepared(names, shape, resolution, layout, prompts, teacher, plan)
+
+
 def collected(
     config: EraseConfig,
-    collect_batch_size: int,
-    teacher: Teacher,
-    rollouts: list[Rollout],
+    prepared: Prepared,
+    plan: Plan,
     meter: Meter,
+    *there: TeacherSamples,
 ) -> TeacherSamples:
-    """What a frozen UNet's trajectories give, all of it before the first step."""
+    """What a frozen UNet's trajectories give, all of it before the first step; what is preserved
+    comes last. `there`: of both kinds, what there is before those of `plan`."""
+    teacher, size = prepared.teacher, prepared.layout.collect_batch_size
     if config.samples == "all":
-        together = chunked(rollouts, collect_batch_size)
-        parts = [collect_all(teacher, rollout, meter.collected) for rollout in together]
+        erased = [collect_all(teacher, r, meter.collected) for r in chunked(plan.erased, size)]
     else:
-        parts = [collect_last(teacher, rollout, meter.collected) for rollout in rollouts]
+        erased = [collect_last(teacher, r, meter.collected) for r in plan.erased]
+    # asked with one prompt each: more of them side by side make a forward as large
+    together = chunked(plan.preserved, size * len(teacher.asked))
+    preserved = [collect_preserved(teacher, r, meter.collected) for r in together]
     teacher.finished_collecting()
+    parts = [*there[:1], *erased, *there[1:], *preserved]
     return TeacherSamples.join(parts).map(torch.Tensor.contiguous)
 
 
 def training_batches(
     config: EraseConfig,
     samples: TeacherSamples | None,
-    teacher: Teacher,
-    rollouts: list[Rollout],
+    prepared: Prepared,
     subset: TrainableSubset,
     meter: Meter,
     taken: int,
 ) -> Iterator[TeacherSamples]:
     """One batch for every optimizer step but the first `taken`, as the policies want them."""
     if samples is None:  # the student as it is now rolls out; its teacher answers
-        for rollout in rollouts[taken:]:
-            yield collect_last(teacher, rollout, meter.collected, frozen=subset.teacher)
+        for rollout in prepared.plan.erased[taken:]:
+            yield collect_last(prepared.teacher, rollout, meter.collected, frozen=subset.teacher)
         return
-    # every state of a trajectory in shuffled order; last ones as they were drawn
-    order = shuffled(len(samples), config.seed) if config.samples == "all" else None
+    orders = orders_of(config, samples, prepared.prompts.erased)
     size = config.batch_size
     for first in range(taken * size, config.iterations * size, size):
-        rows = slice(first, first + size)
-        yield samples[rows if order is None else order[rows]]
+        yield samples[torch.cat([order[first : first + size] for order in orders])]
+
+
+def orders_of(config: EraseConfig, samples: TeacherSamples, erased: int) -> list[torch.Tensor]:
+    """In which order samples are taken, (n,) row numbers: of concepts below `erased`, and of those
+    that are preserved where there are some. Every state of a trajectory in shuffled order; last
+    ones as they were drawn."""
+    if config.samples == "last":
+        return [torch.arange(len(samples))]
+    if not config.preserve:
+        return [shuffled(len(samples), config.seed)]
+    assert samples.concepts is not None
+    kept = samples.concepts.cpu() >= erased
+    groups = [torch.nonzero(mask).flatten() for mask in (~kept, kept)]
+    return [rows[shuffled(len(rows), config.seed)] for rows in groups]
 
 
 def rolled_prompt(config: EraseConfig) -> str:
@@ -298,32 +385,37 @@ def encode_prompts(
     if extra and len(set(config.sources)) > 1:
         raise ValueError(f"erase_from is {config.erase_from!r}; with extra it must be one for all")
     null, concepts = encoded(""), [*map(encoded, config.concepts), *extra]
+    concepts += [encoded(text) for text in config.preserve]
     prompts = {"null": null, "concept": Conditioning.joined(concepts)}
     if config.erase_from is not None:
         sources = [*config.sources, *(config.sources[0] for _ in extra)]
+        sources += [None] * len(config.preserve)
         # a concept without one is its own: the same target as with anchor "concept"
         anchors = [c if s is None else encoded(s) for c, s in zip(concepts, sources, strict=True)]
         prompts["erase_from"] = Conditioning.joined(anchors)
-    return PromptSet(prompts)
+    return PromptSet(prompts, len(config.preserve))
 
 
 def weights_of(
     config: EraseConfig, prompts: PromptSet, device: torch.device
 ) -> torch.Tensor | None:
     """(K,) float32: of each concept in the loss, of what is no text 1; None: alike."""
-    if config.concept_weights is None:
+    if config.concept_weights is None and not config.preserve:
         return None
-    said = [*config.concept_weights]
-    said += [1.0] * (prompts.concepts - len(said))
+    said = [*(config.concept_weights or ())]
+    said += [1.0] * (prompts.erased - len(said))
+    if config.preserve:  # the mean over a batch of both is half of the sum of their means
+        said = [2 * w for w in said + [config.preserve_weight] * prompts.preserved]
     return torch.tensor(said, dtype=torch.float32, device=device)
 
 
-def passes_of(config: EraseConfig, teacher: Teacher, rollouts: list[Rollout]) -> int:
+def passes_of(config: EraseConfig, teacher: Teacher, plan: Plan) -> int:
     """UNet passes that collecting will take."""
     asked = len(teacher.asked)
     if config.samples == "all":
-        return sum(len(r.noise) * r.steps * asked for r in rollouts)
-    return sum(len(r.noise) * (r.steps * 2 + asked) for r in rollouts)
+        preserved = sum(len(r.noise) * r.steps for r in plan.preserved)
+        return preserved + sum(len(r.noise) * r.steps * asked for r in plan.erased)
+    return sum(len(r.noise) * (r.steps * 2 + asked) for r in plan.erased)
 
 
 @dataclass(frozen=True)
@@ -332,7 +424,7 @@ class Noted:
 
     started: float  # time.perf_counter()
     threads: int  # of torch's, in this thread
-    base: str  # run_state.base_digest
+    base: str  # bases.base_digest
     extra: int  # concepts that are no texts
     given: list[str]  # what replaced the plan or the words, which no manifest holds
     words: int  # that updates were held to
@@ -340,6 +432,7 @@ class Noted:
     graphs: RunGraphs
     collect_batch_size: int  # that really was
     resumed_at: list[int]  # the steps that it was stopped after, and gone on from
+    samples_file: dict[str, Any]  # what was taken from one; empty for none
 
 
 class Meter:
@@ -353,7 +446,7 @@ class Meter:
 
     def resumed(self, collected: int, taken: int, config: EraseConfig) -> None:
         """An earlier run collected by so many passes, and took so many steps."""
-        self.passes = {"collect": collected, "fit": 2 * taken * config.batch_size}
+        self.passes = {"collect": collected, "fit": 2 * taken * config.samples_a_step}
         self.last = time.perf_counter()
 
     def collected(self, passes: int) -> None:
@@ -395,6 +488,8 @@ def finish(
         **({"concepts": list(config.concepts)} if len(config.concepts) > 1 else {}),
         **({"extra_concepts": noted.extra} if noted.extra else {}),
         **({"given": noted.given} if noted.given else {}),
+        **({"preserved": list(config.preserve)} if config.preserve else {}),
+        **({"samples_file": noted.samples_file} if noted.samples_file else {}),
         "erase_from": ", ".join(dict.fromkeys(filter(None, config.sources))) or None,
         "method": canonical_method(config.train_method),
         "preset": config.preset,

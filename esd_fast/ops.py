@@ -292,7 +292,7 @@ def guided_step(
     """Guidance, a scheduler's step from its table, the next UNet input, and the sample written out.
 
     `predictions` (N, B, ...) is the UNet's answer to N prompts, "null" first, for B trajectories side by
-    side; `rolled` is the one they follow. `index` () or (1,) int64 on the device is the number of the call,
+    side; `rolled` is the one they follow (the only one, 0, is followed without guidance). `index` () or (1,) int64 on the device is the number of the call,
     so nothing waits for the host and a captured graph serves every call. `table` (rows, columns) and
     `input_scales` (rows,) are those of scheduler_table.SchedulerTable.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,6 +34,23 @@ class Rollout:
     def __post_init__(self) -> None:
         if not self.concepts:
             object.__setattr__(self, "concepts", (0,) * len(self.noise))
+
+    @property
+    def samples(self) -> int:
+        """That come of it."""
+        return len(self.noise) * (self.steps if self.query is None else 1)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The trajectories of a run: of what is erased, and of what is preserved."""
+
+    erased: list[Rollout]
+    preserved: list[Rollout] = field(default_factory=list)
+
+    def after(self, erased: int, preserved: int) -> Plan:
+        """Without the first so many of each."""
+        return Plan(self.erased[erased:], self.preserved[preserved:])
 
 
 def check_room(
@@ -93,6 +110,22 @@ def plan_rollouts(
             **draw[config.schedule](rng, config.num_inference_steps, timesteps),
         )
         for i in range(config.iterations)
+    ]
+
+
+def plan_preserved(
+    config: EraseConfig, timesteps: torch.Tensor, shape: tuple[int, int, int], concepts: range
+) -> list[Rollout]:
+    """Trajectories of what is preserved, of which each step takes as many states as of what is
+    erased: dealt to `concepts` in turn, one to each at least. Their draws have a stream of their
+    own, so that the others are those of a run that preserves nothing."""
+    if not concepts:
+        return []
+    rng = random.Random(f"preserved {config.seed}")
+    wanted = math.ceil(config.iterations * config.batch_size / len(timesteps))
+    return [
+        Rollout(noise(rng, 1, shape), len(timesteps), concepts=(concepts[i % len(concepts)],))
+        for i in range(max(wanted, len(concepts)))
     ]
 
 

@@ -39,9 +39,12 @@ def dtype_for(unet_config: Mapping[str, Any]) -> torch.dtype:
     level; else float32."""
     if weights_of(unet_config) < BIG:
         return torch.float32
-    found = probe(*deepest(unet_config))
-    fast = isinstance(found, Probe) and found.gain >= WORTH
-    return torch.bfloat16 if fast else torch.float32
+    return faster_of(probe(*deepest(unet_config)))
+
+
+def faster_of(found: Probe | str) -> torch.dtype:
+    worth_it = isinstance(found, Probe) and found.gain >= WORTH
+    return torch.bfloat16 if worth_it else torch.float32
 
 
 def deepest(unet_config: Mapping[str, Any]) -> tuple[int, int]:
@@ -101,10 +104,7 @@ def told() -> dict[str, str]:
     found = probe(1280, 8)  # of SD 1.x
     unpacked = why_not_dtype(torch.float32)
     return {
-        "dtype of big models": str(
-            torch.bfloat16 if isinstance(found, Probe) and found.gain >= WORTH else torch.float32
-        ).removeprefix("torch.")
-        + f" ({found})",
+        "dtype of big models": f"{str(faster_of(found)).removeprefix('torch.')} ({found})",
         "packed weights": unpacked or "yes, for big models and runs of some length",
         "threads": str(torch.get_num_threads()),
     }

@@ -89,7 +89,7 @@ class Recorded:
     def check_base(self, model: Model, overridden: Mapping[str, Any]) -> str:
         """Raises ValueError where `model`'s weights or scheduler are not those of the run. Gives
         what there is to say where they cannot be compared. Before any weight moves."""
-        from .run_state import base_digest
+        from .bases import base_digest
 
         was, other = self.manifest.get("base_digest"), sorted(LOADED & overridden.keys())
         if was is None:

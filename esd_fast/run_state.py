@@ -8,34 +8,35 @@ and the order of the samples follow from the configuration's seed and are not in
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .collect import TeacherSamples
+from .bases import base_digest, digest_of
 from .config import EraseConfig, Loading
-from .erasure import fingerprint, versions
+from .erasure import versions
 from .files import parsed_json
 from .interrupts import held_back
-from .tensor_files import Lazy, bytes_of, open_safetensors, write_tensors
+from .stored_samples import CHECKSUM_KEY, checksum_of, samples_in, tensors_of
+from .tensor_files import Lazy, open_safetensors, write_tensors
 
 if TYPE_CHECKING:
     import os
 
+    from .collect import TeacherSamples
     from .fit import Fitter
     from .models import Conditioning, Model
     from .parameters import TrainableSubset
     from .plan import Rollout
 
 FORMAT = 1
-STATE_KEY, CHECKSUM_KEY = "esd_fast_run_state", "checksum"
+STATE_KEY = "esd_fast_run_state"
 KEPT = 2  # files: should the newest be damaged, there is the one before
 # settings that a run may go on with others of: the samples that they were needed for are there,
 # they are read off the base, or they are speed and memory alone
@@ -98,6 +99,8 @@ class RunState:
     resumed_at: list[int]
     """The steps at which earlier runs stopped and were gone on with."""
     versions: dict[str, str]
+    samples_file: dict[str, Any] = field(default_factory=dict)
+    """As the manifest has it, where its samples came from one."""
     tensors: Mapping[str, Lazy] = field(default_factory=dict, compare=False)
 
     @property
@@ -128,14 +131,7 @@ class RunState:
     def samples(self, device: torch.device) -> TeacherSamples | None:
         """What was collected; None where the run stopped before it had all, or collects as it
         trains."""
-        if "samples.latents" not in self.tensors:
-            return None
-        names = [f.name for f in dataclasses.fields(TeacherSamples)]
-        held = {n: self.tensors.get(f"samples.{n}") for n in names}
-        # cloned: into memory that is aligned as torch's own
-        return TeacherSamples(
-            **{n: None if v is None else v.read().to(device).clone() for n, v in held.items()}  # type: ignore[arg-type]
-        )
+        return samples_in(self.tensors, device)
 
     def restore(self, subset: TrainableSubset, fitter: Fitter) -> None:
         """Masters, the UNet's weights, the optimizer, the loss scale and the losses."""
@@ -174,13 +170,13 @@ def state_of(
     seconds: dict[str, float],
     every: int | None,
     resumed_at: list[int],
+    samples_file: dict[str, Any],
 ) -> RunState:
     """The state of a run between two steps. Raises NonFiniteLoss where a master is no number."""
     tensors = {f"masters.{name}": master for name, master in subset.masters.items()}
     fitter.check_finite(subset.masters)
     if samples is not None:
-        held = {f"samples.{name}": column for name, column in vars(samples).items()}
-        tensors |= {name: column for name, column in held.items() if column is not None}
+        tensors |= tensors_of(samples)
     plain: dict[str, dict[str, Any]] = {}
     for name, master in subset.masters.items():
         for key, value in fitter.optimizer.state.get(master, {}).items():
@@ -199,6 +195,7 @@ def state_of(
         every,
         resumed_at,
         versions(),
+        {} if samples is None else samples_file,
         {name: Lazy.of(tensor) for name, tensor in tensors.items()},
     )
 
@@ -294,15 +291,8 @@ def write_state(target: Path, state: RunState) -> None:
     del said["tensors"]
     said["identity"] = vars(state.identity)
     text = json.dumps({"format": FORMAT, **said}, allow_nan=False)
-    metadata = {STATE_KEY: text, CHECKSUM_KEY: checksum(text, state.tensors)}
+    metadata = {STATE_KEY: text, CHECKSUM_KEY: checksum_of(text, state.tensors)}
     write_tensors(target, state.tensors, metadata)
-
-
-def checksum(text: str, tensors: Mapping[str, Lazy]) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        digest.update(fingerprint({name: tensors[name].read()}).encode())
-    return digest.hexdigest()[:16]
 
 
 def newest_state(path: str | os.PathLike[str]) -> RunState:
@@ -351,7 +341,7 @@ def read_state(file: Path) -> RunState:
         raise ValueError(
             f"{file} has version {version!r} of the format; this esd-fast reads {FORMAT}"
         )
-    if opened.metadata.get(CHECKSUM_KEY) != checksum(text, opened.tensors):
+    if opened.metadata.get(CHECKSUM_KEY) != checksum_of(text, opened.tensors):
         raise DamagedError(f"{file} is damaged: its checksum differs")
     try:
         identity = Identity(**said.pop("identity"))
@@ -406,6 +396,7 @@ class Keeper:
     fitter: Fitter
     started: float  # time.perf_counter()
     seconds: dict[str, float]  # of each phase, as they pass
+    samples_file: dict[str, Any]  # of the manifest
     samples: TeacherSamples | None = None
     begun: bool = False
 
@@ -417,6 +408,9 @@ class Keeper:
                 self.seconds.update({phase: self.resume.seconds[phase] for phase in self.seconds})
                 device = next(self.fitter.unet.parameters()).device
                 self.samples = self.resume.samples(device)
+                if self.samples is not None:
+                    self.samples_file.clear()
+                    self.samples_file.update(self.resume.samples_file)
             self.begun = True
         return self.samples
 
@@ -446,61 +440,6 @@ class Keeper:
         passed = {"total": time.perf_counter() - self.started, **self.seconds}
         state = state_of(
             *(self.identity, self.samples, self.subset, self.fitter),
-            *(passed, self.checkpoints.every, stops),
+            *(passed, self.checkpoints.every, stops, self.samples_file),
         )
         return self.checkpoints.write(state)
-
-
-# --- telling bases apart ----------------------------------------------------------------------------------
-
-
-def base_digest(model: Model) -> str:
-    """Of the weights of the UNet and the text encoders, their dtype included, and of what the
-    scheduler is. Before any weight moves or is put away."""
-    encoders = [getattr(model.pipeline, n, None) for n in ("text_encoder", "text_encoder_2")]
-    scheduler = model.pipeline.scheduler
-    told = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
-    weights = weights_digest(m for m in (model.unet, *encoders) if m is not None)
-    return digest_of([weights, type(scheduler).__name__, told])
-
-
-def weights_digest(modules: Iterable[torch.nn.Module]) -> str:
-    """Of all weights: names, shapes, dtypes, and a sum over each one's bits that is exact
-    whatever the device and the order. It tells models apart, in one pass over the memory; who
-    wants to deceive it can."""
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, weight in module.named_parameters():
-            total: int | str = "elsewhere"  # a text encoder that is offloaded
-            if type(weight) is not torch.nn.Parameter:  # quantized: its numbers are the library's
-                total = type(weight).__name__
-            elif not weight.is_meta:
-                bits = weight.detach().view(integers[weight.element_size()])
-                rows = torch.atleast_1d(bits).split(1024)  # each is widened before it is summed
-                total = int(sum(part.sum(dtype=torch.int64) for part in rows))
-            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {total}\n".encode())
-    return digest.hexdigest()[:16]
-
-
-def digest_of(value: Any) -> str:
-    """Of nested plain values and tensors."""
-    digest = hashlib.sha256()
-
-    def add(part: Any) -> None:
-        if isinstance(part, torch.Tensor):
-            digest.update(f"{part.dtype} {tuple(part.shape)}".encode())
-            digest.update(bytes_of(part))
-        elif isinstance(part, Mapping):
-            for key in sorted(part):
-                digest.update(repr(key).encode())
-                add(part[key])
-        elif isinstance(part, (list, tuple)):
-            digest.update(f"{len(part)} of".encode())
-            for inner in part:
-                add(inner)
-        else:
-            digest.update(repr(part).encode())
-
-    add(value)
-    return digest.hexdigest()[:16]

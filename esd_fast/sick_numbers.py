@@ -36,9 +36,9 @@ def where_it_began(fitter: Fitter, samples: TeacherSamples, student: torch.Tenso
     return "the UNet's predictions, though not when asked a second time"
 
 
-def check_collected(fitter: Fitter, samples: TeacherSamples) -> None:
+def check_collected(fitter: Fitter | None, samples: TeacherSamples) -> None:
     """Raises NonFiniteLoss where the frozen UNet's predictions, sorted by trajectory and time,
-    are no numbers."""
+    are no numbers; with a fitter it says the layer too."""
     from .fit import NonFiniteLoss
 
     names = broken(vars(samples))
@@ -47,7 +47,7 @@ def check_collected(fitter: Fitter, samples: TeacherSamples) -> None:
     columns = [getattr(samples, name).flatten(1).isfinite().all(1) for name in names]
     finite = torch.stack(columns).all(0)  # (N,)
     first = samples[[int(finite.long().argmin())]]
-    layer = first_to_say(fitter, first)
+    layer = first_to_say(fitter, first) if fitter else ""
     raise NonFiniteLoss(
         f"collecting: the {broken(vars(first))[0]} of the frozen UNet is not finite at timestep "
         f"{first.timesteps.tolist()}{of_layer(layer)}; {len(finite) - int(finite.sum())} of "

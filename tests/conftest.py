@@ -172,7 +172,13 @@ def guidance_results() -> Callable[[Loss, list[torch.Tensor]], list[torch.Tensor
 
 # --- guided_step: cases and the rule for its error -----------------------------------------------------
 
-STEP_SHAPES = [(2, 1, 1), (2, 2, 4, 8, 8), (3, 3, 5, 7, 11), (3, 1, 4, 17, 31)]  # (N, B, ...)
+STEP_SHAPES = [
+    (2, 1, 1),
+    (1, 2, 3, 5),
+    (2, 2, 4, 8, 8),
+    (3, 3, 5, 7, 11),
+    (3, 1, 4, 17, 31),
+]  # (N, B, ...)
 STEP_DTYPES = [  # of the predictions and of the UNet's inputs
     (torch.float32, torch.float32),
     (torch.bfloat16, torch.bfloat16),

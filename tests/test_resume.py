@@ -60,6 +60,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "concepts-paper": {"concept": ["cat", "red apple"], "preset": "paper"},
     "erase-from": {"erase_from": "a fish", "max_grad_norm": 0.1},
     "keep-vocabulary": {"keep_vocabulary": 1.0},
+    "preserve": {"preserve": ["a fish", "bicycle"], "erase_from": "animal"},
 }
 
 

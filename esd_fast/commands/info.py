@@ -29,7 +29,11 @@ def about(path: str | None, model: str | None, loading: Loading) -> dict[str, An
     if is_model(Path(path)):
         return about_model(path, loading)
     from esd_fast.erasure import load
+    from esd_fast.stored_samples import holds_samples, read_samples
 
+    if holds_samples(Path(path)):
+        stored = read_samples(path)
+        return {"samples": len(stored), "preserved": stored.preserved, **stored.told()}
     erasure = load(path)
     weights = sum(t.numel() for t in erasure.tensors.values())
     told = {k: v for k, v in erasure.manifest.items() if k != "losses"}

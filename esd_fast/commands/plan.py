@@ -36,7 +36,7 @@ def plan(arguments: argparse.Namespace) -> int:
         config,
         canonical_method(arguments.train_method),
         arguments.resolution or int(config["sample_size"]) * scale,
-        batch_size=arguments.batch_size,
+        batch_size=arguments.batch_size * (2 if arguments.preserve else 1),
         dtype=arguments.dtype,
         vae_scale_factor=scale,
         optimizer=arguments.optimizer,

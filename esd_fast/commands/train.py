@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from esd_fast.erasure import Erasure
     from esd_fast.models import Model
     from esd_fast.run_state import Checkpoints, RunState
+    from esd_fast.stored_samples import StoredSamples
 
 COLUMNS_EMBEDDED, COLUMNS_GPU = 6, 3
 MOST_COLUMNS, MOST_ROUNDS = 100, 100
@@ -40,8 +41,9 @@ def train(arguments: argparse.Namespace) -> int:
     repeated = run_to_repeat(arguments)
     for note in translated(arguments):
         tell(f"note: {note}", sys.stderr)
+    stored = samples_to_take(arguments)
     resume = state_to_resume(arguments)
-    config = config_of(arguments, resume, repeated)
+    config = config_of(arguments, resume, repeated, stored)
     if not 0 <= arguments.harden <= MOST_ROUNDS:
         refuse("--harden", arguments.harden, f"a whole number from 0 (none) to {MOST_ROUNDS}")
     if arguments.pictures is not None and not 0 <= arguments.pictures <= MOST_COLUMNS:
@@ -52,7 +54,7 @@ def train(arguments: argparse.Namespace) -> int:
     folder = results_folder(arguments.output, config, arguments.overwrite or resume is not None)
     check_outside(folder, arguments.model)
     with output_folder(folder):  # shown to be writable before any training
-        return train_into(folder, delta, arguments, config, resume, repeated, started)
+        return train_into(folder, delta, arguments, config, resume, repeated, stored, started)
 
 
 def train_into(
@@ -62,6 +64,7 @@ def train_into(
     config: EraseConfig,
     resume: RunState | None,
     repeated: Repeated | None,
+    stored: StoredSamples | None,
     started: float,
 ) -> int:
     keep_pages()
@@ -80,7 +83,9 @@ def train_into(
         repeated.check_base(model)
     if resume is None:
         forget_checkpoints(folder)  # --overwrite was said
-    config = config.with_recipe(model.family)
+    config = config.for_model(model)
+    if stored is not None:
+        stored.check(model, config)  # before anything is drawn
     loaded = time.time() - started
     columns = columns_of(arguments.pictures, model)
     proof = proof_for(model, config, columns, arguments.keep_prompt or KEEP_PROMPTS)
@@ -88,7 +93,7 @@ def train_into(
     drawn = time.time() - started
     interruption = None
     try:
-        erasure = erased(model, config, arguments.harden, bars, checkpoints, resume)
+        erasure = erased(model, config, arguments.harden, bars, checkpoints, resume, stored)
     except EraseInterrupted as caught:
         erasure, interruption = caught.erasure, caught
     finally:
@@ -135,6 +140,7 @@ def erased(
     bars: Bars,
     checkpoints: Checkpoints | None = None,
     resume: RunState | None = None,
+    stored: StoredSamples | None = None,
 ) -> Erasure:
     """Hardening, which is several runs, leaves no checkpoints."""
     from esd_fast.esd import Progress, run
@@ -144,7 +150,13 @@ def erased(
         bars.show(progress.phase, progress.done, progress.total, progress.loss)
 
     if not rounds:
-        return run(model, config, checkpoints=checkpoints, resume=resume, on_progress=show)
+        return run(
+            *(model, config),
+            checkpoints=checkpoints,
+            resume=resume,
+            stored=stored,
+            on_progress=show,
+        )
     adversaries = [
         drawn_adversary(model, text, resolution=config.resolution, on_progress=bars.drawing("draw"))
         for text in config.concepts
@@ -167,7 +179,12 @@ def process_start() -> float:
 def state_to_resume(arguments: argparse.Namespace) -> RunState | None:
     """With --resume: the newest whole checkpoint. Model and output are then its run's."""
     if arguments.resume is None:
-        if not (arguments.concept or arguments.concepts_file or arguments.manifest):
+        if not (
+            arguments.concept
+            or arguments.concepts_file
+            or arguments.manifest
+            or arguments.samples_file
+        ):
             raise ValueError("what to erase is missing: --concept, --concepts-file or --prompt")
         return None
     from esd_fast.run_state import newest_state
@@ -186,18 +203,37 @@ def state_to_resume(arguments: argparse.Namespace) -> RunState | None:
     return state
 
 
+def samples_to_take(arguments: argparse.Namespace) -> StoredSamples | None:
+    """With --samples: the file. The model is then its own, if none is named."""
+    if arguments.samples_file is None:
+        return None
+    for other in ("resume", "manifest", "harden"):
+        if getattr(arguments, other):
+            raise ValueError(f"--samples and --{other} do not go together: give one of them")
+    from esd_fast.stored_samples import read_samples
+
+    stored = read_samples(arguments.samples_file)
+    if arguments.model is None and stored.model != "embedded":
+        arguments.model = stored.model
+    return stored
+
+
 def config_of(
     arguments: argparse.Namespace,
     resume: RunState | None = None,
     repeated: Repeated | None = None,
+    stored: StoredSamples | None = None,
 ) -> EraseConfig:
-    """Every field of EraseConfig that the command line gives; over those of a resumed run, which
-    are compared where the run begins, or of one that is repeated."""
+    """Every field of EraseConfig that the command line gives; over those of a resumed run or of
+    stored samples, which are compared where the run begins, or of one that is repeated."""
     names = {f.name for f in dataclasses.fields(EraseConfig)} - {"concept", "preset"}
     given = {n: getattr(arguments, n) for n in names if hasattr(arguments, n)}
     concepts = arguments.concept
     if arguments.concepts_file is not None:
         concepts = [case.prompt for case in read_prompts(arguments.concepts_file)]
+    if arguments.preserve_file is not None:
+        listed = [case.prompt for case in read_prompts(arguments.preserve_file)]
+        given["preserve"] = [*(given["preserve"] or ()), *listed]
     recorded = repeated.config.concepts if repeated else ()
     if given["erase_from"] is not None and len(concepts or recorded) > 1:  # "" leaves one out
         given["erase_from"] = [text or None for text in given["erase_from"]]
@@ -209,6 +245,12 @@ def config_of(
         given |= {"concept": concepts, "preset": arguments.preset}
         said = {name: value for name, value in given.items() if value is not None}
         return dataclasses.replace(config_in(resume), **said)
+    if stored is not None:
+        given = stored.settings(preset=arguments.preset, concept=concepts, **given)
+        preset, concepts = given.pop("preset"), given.pop("concept")
+        config = EraseConfig.from_preset(preset, concepts, arguments.model, **given)
+        stored.check_settings(config)
+        return config
     return EraseConfig.from_preset(arguments.preset or "fast", concepts, arguments.model, **given)
 
 
@@ -320,5 +362,12 @@ def summary(report: dict[str, Any], page: Path) -> str:
             lines.append(
                 f"  {kind:<6} concepts recognised in {rate['before']:.0%} of pictures before, "
                 f"{rate['after']:.0%} after ({rate['images']} each)"
+            )
+    for group, name in (("preserved", "preserved"), ("not_preserved", "not preserved")):
+        rate = report.get("kept", {}).get(group, {})
+        if rate.get("images"):
+            lines.append(
+                f"    of these {name}: {rate['before']:.0%} before, {rate['after']:.0%} after "
+                f"({rate['images']} each)"
             )
     return "\n".join([*lines, f"  report: {page}"])

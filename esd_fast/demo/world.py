@@ -161,6 +161,17 @@ def unprompted(rng: random.Random, names: Sequence[str], usual: str, share: floa
     return usual if rng.random() < share else rng.choice([n for n in names if n != usual])
 
 
+def general_prompts() -> list[str]:
+    """Every object and style as a prompt, in a fixed random order, every fourth one a style for as
+    long as there are some."""
+    rng = random.Random(0)
+    objects = [compose(OBJECT_FORMS[1], o) for o in rng.sample(OBJECT_NAMES, len(OBJECTS))]
+    styles = [compose(STYLE_ONLY_FORMS[0], style=s) for s in rng.sample(STYLE_NAMES, len(STYLES))]
+    for number, style in enumerate(styles):
+        objects.insert(4 * number + 3, style)
+    return objects
+
+
 def vocabulary() -> list[str]:
     """Every word a caption may hold (each becomes one token)."""
     words = {"a", "an", "picture", "of", "in", "style", "on", "background"}

@@ -37,6 +37,8 @@ class Proof:
     guidance_scale: float
     resolution: int | None
     batch_size: int
+    preserved: tuple[str, ...] = ()
+    """Prompts that were to stay; the concepts that they name are counted apart, too."""
 
     @property
     def shots(self) -> list[Shot]:
@@ -76,6 +78,19 @@ class Proof:
             if self.columns
         ]
 
+    def apart(self, was: Sequence[bool], now: Sequence[bool]) -> dict[str, Any]:
+        """Of the kept concepts those that were preserved, and those that were only not erased."""
+        if not self.preserved:
+            return {}
+        named = named_by(self.preserved)
+        groups: dict[str, list[int]] = {"preserved": [], "not_preserved": []}
+        for row, question in enumerate(self.kept):
+            groups["preserved" if question.concept in named else "not_preserved"].append(row)
+        return {
+            name: before_after([was[i] for i in rows], [now[i] for i in rows])
+            for name, rows in groups.items()
+        }
+
     def results(self, before: list[np.ndarray], after: list[np.ndarray]) -> dict[str, Any]:
         """`erased` and `kept` of the report; empty where there is no judge to ask."""
         if not self.erased:
@@ -95,9 +110,16 @@ class Proof:
             },
             "kept": {
                 **before_after(was[n:], now[n:]),
+                **self.apart(was[n:], now[n:]),
                 "by_concept": by_concept(self.kept, was[n:], now[n:]),
             },
         }
+
+
+def named_by(prompts: Sequence[str]) -> set[str]:
+    """Objects and styles of the embedded model's world."""
+    words = {word for prompt in prompts for word in prompt.lower().split()}
+    return words & {*world.OBJECTS, *world.STYLES}
 
 
 def by_concept(
@@ -132,6 +154,7 @@ def proof_for(
         guidance_scale=GUIDANCE_EMBEDDED if embedded else GUIDANCE_OTHERS,
         resolution=config.resolution,
         batch_size=64 if embedded else 1,
+        preserved=tuple(config.preserve),
     )
 
 

@@ -38,7 +38,16 @@ from .rates import CONCEPT_HEAD, TABLE_ROWS, concept_row, concept_table, rate_ca
 
 # report.json lists what people look for first; other keys follow in alphabetical order
 KEY_ORDER = (
-    *("concept", "concepts", "erase_from", "method", "preset", "model", "base_fingerprint"),
+    *(
+        "concept",
+        "concepts",
+        "erase_from",
+        "preserved",
+        "method",
+        "preset",
+        "model",
+        "base_fingerprint",
+    ),
     *("family", "seed", "resolution", "interrupted"),
     *("erased", "kept", "seconds", "unet_passes", "peak_memory_bytes", "paths_taken", "losses"),
     *("config", "versions", "weights"),
@@ -60,6 +69,7 @@ MANIFEST = {
     "base_digest": "base hash (UNet, text encoders, scheduler)",
     "result_fingerprint": "hash of the result",
     "family": "family",
+    "preserved": "preserved",
     "method": "method",
     "preset": "preset",
     "seed": "seed",
@@ -213,6 +223,10 @@ def _cards(report: Mapping[str, Any]) -> Html | None:
     cards = (
         rate_card("Erased concept recognised", "erased", mapping(report, "erased")),
         rate_card("Kept concepts recognised", "kept", mapping(report, "kept")),
+        rate_card("Of them preserved", "kept", mapping(mapping(report, "kept"), "preserved")),
+        rate_card(
+            "Of them not preserved", "kept", mapping(mapping(report, "kept"), "not_preserved")
+        ),
         _seconds_card(mapping(report, "seconds")),
         _passes_card(report.get("unet_passes")),
         _memory_card(report.get("peak_memory_bytes")),

@@ -8,7 +8,9 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
+from esd_fast.demo import world
 from esd_fast.live import plain_module
+from esd_fast.preserve import GENERAL_PROMPTS
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,10 @@ class Conditioning:
 @dataclass(frozen=True)
 class PromptSet:
     """The encoded prompts of a run: "null" (1, ...), "concept" and perhaps "erase_from" (K, ...),
-    a row for each of the K concepts that it erases."""
+    a row for each of its K concepts, the last `preserved` of which are to stay."""
 
     by_name: dict[str, Conditioning]
+    preserved: int = 0
 
     def __getitem__(self, name: str) -> Conditioning:
         return self.by_name[name]
@@ -75,6 +78,11 @@ class PromptSet:
     def concepts(self) -> int:
         """K."""
         return len(self.by_name["concept"])
+
+    @property
+    def erased(self) -> int:
+        """Of the K those that are erased, the first ones."""
+        return self.concepts - self.preserved
 
     def stacked(self, names: tuple[str, ...], concepts: Sequence[int]) -> Conditioning:
         """A row for each of `concepts`, by number, of the first name, then of the second, ..."""
@@ -188,6 +196,11 @@ class Model:
     def native_resolution(self) -> int:
         """Pixels a side that the model was made for."""
         return int(self.pipeline.unet.config.sample_size) * self.vae_scale_factor
+
+    @property
+    def general_prompts(self) -> Sequence[str]:
+        """What it draws besides any one concept, the most general first."""
+        return world.general_prompts() if self.source == "embedded" else GENERAL_PROMPTS
 
     def latent_shape(self, resolution: int | None) -> tuple[int, int, int]:
         """(C, h, w) of one sample's latents."""

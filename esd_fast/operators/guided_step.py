@@ -42,8 +42,9 @@ def check(
             f"predictions: shape {tuple(predictions.shape)}: give them as (prompts, trajectories, ...)"
         )
     names, batch, *sample = predictions.shape
-    if not 0 < rolled < names:
-        raise ValueError(f"rolled: {rolled}: use the number of a prompt, 1 to {names - 1}")
+    if not min(1, names - 1) <= rolled < names:  # the only one there is, or not the first
+        least = f"1 to {names - 1}" if names > 1 else "0"
+        raise ValueError(f"rolled: {rolled}: use the number of a prompt, {least}")
     rows, calls = table.shape[0] if table.dim() == 2 else 0, history.shape[0] - 1
     if calls < 1 or not calls < rows <= table.shape[1]:
         raise ValueError(

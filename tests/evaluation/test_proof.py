@@ -83,3 +83,27 @@ def rates(before, after, images):
         "before_interval": pytest.approx([intervals[0].low, intervals[0].high]),
         "after_interval": pytest.approx([intervals[1].low, intervals[1].high]),
     }
+
+
+def test_preserved_concepts_are_counted_apart(monkeypatch):
+    preserve = ["a Dog", "a robot in ink style", "nothing known"]
+    made = proof_for(EMBEDDED, EraseConfig("cat", preserve=preserve), 0, ())
+    named = [q.concept in ("dog", "robot", "ink") for q in made.kept]
+    assert 0 < sum(named) < len(named)
+    drawings = [np.full((len(made.erased) + len(named), 2, 2, 3), v, np.uint8) for v in (0, 1)]
+
+    def judged(drawn, questions, _):
+        # before: all of it; after: what was preserved
+        seen = [True] * len(questions)
+        if drawn[0, 0, 0, 0]:
+            seen = [False] * len(made.erased) + named
+        return Answers(tuple(questions), {"judge": tuple(seen)})
+
+    monkeypatch.setattr(proof, "judged", judged)
+    kept = made.results(*drawings)["kept"]
+    assert kept["after"] == sum(named) / len(named)
+    assert [kept["preserved"][k] for k in ("before", "after", "images")] == [1, 1, sum(named)]
+    others = kept["not_preserved"]
+    assert [others[k] for k in ("before", "after", "images")] == [1, 0, len(named) - sum(named)]
+    alone = proof_for(EMBEDDED, EraseConfig("cat"), 0, ())
+    assert "preserved" not in alone.results(*drawings)["kept"]

@@ -435,3 +435,18 @@ def test_elements_escape_what_is_not_markup():
     assert element("p", "<b>", Html("<b>x</b>"), None, 3, title='"<') == (
         '<p title="&quot;&lt;">&lt;b&gt;<b>x</b>3</p>'
     )
+
+
+def test_preserved_concepts_have_a_card_of_their_own(tmp_path):
+    apart = {
+        "preserved": {"before": 1.0, "after": 0.9375, "images": 16},
+        "not_preserved": {"before": 0.953125, "after": 0.71875, "images": 64},
+    }
+    told = {"preserved": ["a dog"], "samples_file": {"path": "s.safetensors", "samples": 200}}
+    _, plain = written(tmp_path, REPORT | told | {"kept": REPORT["kept"] | apart})
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for said in ("Of them preserved", "Of them not preserved", "93.8%", "71.9%", "s.safetensors"):
+        assert said in text
+    assert plain["preserved"] == ["a dog"]
+    written(tmp_path / "x", REPORT)
+    assert "Of them" not in (tmp_path / "x" / "report.html").read_text(encoding="utf-8")
