@@ -18,6 +18,8 @@ UNET_FILE = "diffusion_pytorch_model"
 LIBRARIES = ("diffusers", "transformers")
 # never loaded, so it may be of any library
 IGNORED = ("safety_checker",)
+ENCODERS, TOKENIZERS = ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")
+USED = ("unet", "vae", "scheduler", *ENCODERS, *TOKENIZERS)
 COPY = "copy the model again"
 
 
@@ -32,7 +34,7 @@ def check_folder(path: Path, variant: str | None) -> None:
         there = ", ".join(sorted(v or "the plain weights (no variant)" for v in variants))
         raise ValueError(f"variant is {variant!r}; {path} has {there}")
     for name, (library, kind) in components.items():
-        if name not in IGNORED:
+        if name in USED:
             check_component(path / name, library, kind)
 
 
