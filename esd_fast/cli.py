@@ -6,16 +6,22 @@ import argparse
 import importlib
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from . import __version__
 from .config import CHOICES, PRESETS
 from .export import FORMATS
 from .parameters import METHODS
+from .prompts import clean_prompt
+from .terminal import one_line, quoted, tell
 
 # evaluation/metrics.py has them; it would bring torch
 EVALUATION_METRICS = ("judge", "clip", "nudenet", "lpips", "fid", "kid")
 MODELS = "a diffusers folder, checkpoint file or hub id (default: embedded)"
+
+
+# of a wrong argument, or of what it names; everything else is a failure
+USAGE = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,20 +34,39 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if arguments.debug:
             raise
-        print(f"esd-fast: {one_line(error)}", file=sys.stderr)
-        return 2 if isinstance(error, (ValueError, FileNotFoundError, FileExistsError)) else 1
+        tell(f"esd-fast: {told(error)}", sys.stderr)
+        return 2 if isinstance(error, USAGE) else 1
 
 
-def one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
+def told(error: Exception) -> str:
+    text = one_line(str(error))
     known = isinstance(error, (ValueError, OSError, RuntimeError))
     return text if text and known else f"{type(error).__name__}: {text}"
 
 
+class Parser(argparse.ArgumentParser):
+    """Its errors are one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {one_line(message)}; {self.prog} --help lists what there is\n")
+
+
+def place(text: str) -> str:
+    """A path, or a hub id."""
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError(f"it is {quoted(text)}; it must name a file or folder")
+    return text
+
+
+def words(text: str) -> str:
+    try:
+        return clean_prompt("it", text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        prog="esd-fast", description="Erase a concept from a diffusion model (ESD), fast."
-    )
+    top = Parser(prog="esd-fast", description="Erase a concept from a diffusion model (ESD), fast.")
     top.add_argument("--version", action="version", version=f"esd-fast {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     add_train(commands)
@@ -86,12 +111,13 @@ def add_train(commands: Any) -> None:
     say(
         "--samples",
         dest="samples_file",
+        type=place,
         metavar="FILE",
         help="of `esd-fast collect`: nothing is collected but what it lacks, and what is not said "
         "is as it was there",
     )
     add_loading(say, MODELS)
-    say("--output", metavar="FOLDER", help="where results go (default: erased-CONCEPT)")
+    say("--output", type=place, metavar="FOLDER", help="where results go (default: erased-CONCEPT)")
     say("--overwrite", action="store_true", help="replace the results of an earlier run there")
     say(
         "--checkpoint-every",
@@ -101,6 +127,7 @@ def add_train(commands: Any) -> None:
     )
     say(
         "--resume",
+        type=place,
         metavar="FOLDER",
         help="go on with the unfinished run there, with its settings, to the same result",
     )
@@ -145,7 +172,11 @@ def add_train(commands: Any) -> None:
     say("--checkpointing", choices=CHOICES["checkpointing"], help="default: as --vram demands")
     add_collecting(say)
     say(
-        "--keep-prompt", action="append", metavar="PROMPT", help="a row of the pictures; repeatable"
+        "--keep-prompt",
+        type=words,
+        action="append",
+        metavar="PROMPT",
+        help="a row of the pictures; repeatable",
     )
     say("--pictures", type=int, metavar="N", help="columns of the before/after grid; 0: none")
     theirs = train.add_argument_group(
@@ -153,14 +184,17 @@ def add_train(commands: Any) -> None:
         "Their command lines work as they are: the spellings with underscores above, and these.",
     ).add_argument
     theirs(
-        "--save_path", metavar="FOLDER", help="the delta, where the scripts write it, and the run"
+        "--save_path",
+        type=place,
+        metavar="FOLDER",
+        help="the delta, where the scripts write it, and the run",
     )
     theirs("--start_guidance", type=float, metavar="X", help="with --prompt: --guidance-scale")
     theirs("--image_size", type=int, metavar="PIXELS", help="with --prompt: --resolution")
     theirs("--ddim_steps", type=int, metavar="N", help="with --prompt: --num-inference-steps")
     theirs("--seperator", metavar="TEXT", help="with --prompt: what stands between its words")
     theirs("--devices", metavar="N,N", help="with --prompt: the first is --device")
-    theirs("--ckpt_path", metavar="FILE", help="with --prompt: --model")
+    theirs("--ckpt_path", type=place, metavar="FILE", help="with --prompt: --model")
     theirs("--regularize", type=float, metavar="X", help="with --prompt: 0")
     for unused in ("--config_path", "--diffusers_config_path"):
         theirs(unused, help=argparse.SUPPRESS)
@@ -174,7 +208,7 @@ def add_concepts(say: Callable[..., Any]) -> None:
         metavar="CONCEPT",
         help='what to erase, such as "cat" or "Van Gogh"; repeatable',
     )
-    say("--concepts-file", metavar="FILE", help="what to erase, a concept a line")
+    say("--concepts-file", type=place, metavar="FILE", help="what to erase, a concept a line")
 
 
 def add_prompts_beside(say: Callable[..., Any]) -> None:
@@ -194,7 +228,7 @@ def add_prompts_beside(say: Callable[..., Any]) -> None:
         help='a prompt that is to stay as it is; repeatable; "default" stands for some of the '
         "model's own",
     )
-    say("--preserve-file", metavar="FILE", help="such prompts, one a line")
+    say("--preserve-file", type=place, metavar="FILE", help="such prompts, one a line")
 
 
 def add_collecting(say: Callable[..., Any]) -> None:
@@ -231,7 +265,7 @@ def add_collect(commands: Any) -> None:
     add_concepts(collect.add_mutually_exclusive_group(required=True).add_argument)
     add_prompts_beside(say)
     add_loading(say, MODELS)
-    say("--output", metavar="FILE", help="default: samples-CONCEPT.safetensors")
+    say("--output", type=place, metavar="FILE", help="default: samples-CONCEPT.safetensors")
     say("--overwrite", action="store_true", help="replace a file of that name")
     say("--preset", choices=list(PRESETS)[:2], default="fast", help="recipe (default: fast)")
     add_collecting(say)
@@ -244,7 +278,7 @@ def add_loading(
     names: tuple[str, ...] = ("--model", "--basemodel_id"),
 ) -> None:
     """What a model is and how it is read."""
-    say(*names, metavar="MODEL", required=required, help=models)
+    say(*names, type=place, metavar="MODEL", required=required, help=models)
     say("--variant", metavar="NAME", help="weight files of a diffusers folder, such as fp16")
     say("--ema", choices=CHOICES["ema"], help="of a file that holds both: the averaged weights")
     say(
@@ -261,6 +295,7 @@ def add_loading(
     say(
         "--config",
         dest="model_config",
+        type=place,
         metavar="FOLDER",
         help="configurations of a single file's components (default: the family's)",
     )
@@ -282,11 +317,19 @@ def add_generate(commands: Any) -> None:
         "--erasure",
         "--esd_path",
         action="append",
+        type=place,
         metavar="PATH",
         help="a delta file or the folder of a run: drawn beside; repeatable",
     )
     add_loading(say, MODELS, names=("--model", "--base_model"))
-    say("--output", "--save_path", metavar="FOLDER", default="pictures", help="default: pictures")
+    say(
+        "--output",
+        "--save_path",
+        type=place,
+        metavar="FOLDER",
+        default="pictures",
+        help="default: pictures",
+    )
     add_drawing(say)
     say("--no-grid", action="store_true", help="single files alone")
     generate.epilog = (
@@ -298,7 +341,13 @@ def add_generate(commands: Any) -> None:
 
 def add_prompts(say: Callable[..., Any]) -> None:
     say("--prompt", action="append", metavar="PROMPT", help="repeatable")
-    say("--prompts", "--prompts_path", metavar="FILE", help="a prompt a line, or a CSV (see below)")
+    say(
+        "--prompts",
+        "--prompts_path",
+        type=place,
+        metavar="FILE",
+        help="a prompt a line, or a CSV (see below)",
+    )
 
 
 def add_drawing(say: Callable[..., Any]) -> None:
@@ -350,24 +399,64 @@ def add_eval(commands: Any) -> None:
     )
     evaluate.set_defaults(run=lazily("evaluate"))
     say = evaluate.add_argument
-    say("erasures", nargs="*", metavar="ERASURE", help="delta files, or folders of runs")
-    say("--pictures", metavar="FOLDER", help="drawn by `generate`: nothing is loaded or drawn")
+    say(
+        "erasures", nargs="*", type=place, metavar="ERASURE", help="delta files, or folders of runs"
+    )
+    say(
+        "--pictures",
+        type=place,
+        metavar="FOLDER",
+        help="drawn by `generate`: nothing is loaded or drawn",
+    )
     add_prompts(say)
     add_loading(say, MODELS, names=("--model", "--base_model"))
-    say("--output", metavar="FOLDER", help="default: evaluation; with --pictures, that folder")
-    say("--object", action="append", metavar="NAME", help="a concept to look for; repeatable")
-    say("--style", action="append", metavar="NAME", help="of the other domain; repeatable")
-    say("--erased", action="append", metavar="NAME", help="default: what the erasures say")
+    say(
+        "--output",
+        type=place,
+        metavar="FOLDER",
+        help="default: evaluation; with --pictures, that folder",
+    )
+    say(
+        "--object",
+        action="append",
+        type=words,
+        metavar="NAME",
+        help="a concept to look for; repeatable",
+    )
+    say(
+        "--style",
+        action="append",
+        type=words,
+        metavar="NAME",
+        help="of the other domain; repeatable",
+    )
+    say(
+        "--erased",
+        action="append",
+        type=words,
+        metavar="NAME",
+        help="default: what the erasures say",
+    )
     say(
         "--metric",
         action="append",
         choices=EVALUATION_METRICS,
         help="repeatable (default: all that are there); fetches its weights",
     )
-    say("--clip", metavar="MODEL", help="a CLIP's folder or hub id")
+    say("--clip", type=place, metavar="MODEL", help="a CLIP's folder or hub id")
     say("--nudenet-threshold", type=float, default=0.6, metavar="X", help="default: 0.6")
-    say("--inception", metavar="FILE", help="weights for FID and KID (default: torch.hub's)")
-    say("--reference", metavar="FOLDER", help="pictures for FID and KID (default: the model's own)")
+    say(
+        "--inception",
+        type=place,
+        metavar="FILE",
+        help="weights for FID and KID (default: torch.hub's)",
+    )
+    say(
+        "--reference",
+        type=place,
+        metavar="FOLDER",
+        help="pictures for FID and KID (default: the model's own)",
+    )
     add_drawing(say)
     evaluate.epilog = (
         "A picture asks for the concepts that its prompt names, or, of a CSV, for what its columns "
@@ -384,7 +473,9 @@ def add_verify(commands: Any) -> None:
         "with and without it. Exit code 0: fine; 1: not, and the reason is said.",
     )
     verify.set_defaults(run=lazily("verify"))
-    verify.add_argument("file", metavar="FILE", help="a delta file or the folder of a run")
+    verify.add_argument(
+        "file", type=place, metavar="FILE", help="a delta file or the folder of a run"
+    )
     say = verify.add_argument
     add_loading(say, MODELS)
     say(
@@ -419,12 +510,19 @@ def add_attack(commands: Any) -> None:
         "pictures, the learnt tokens (textual inversion files) and attack.json.",
     )
     attack.set_defaults(run=lazily("attack"))
-    attack.add_argument("erasure", metavar="ERASURE", help="a delta file or the folder of a run")
+    attack.add_argument(
+        "erasure", type=place, metavar="ERASURE", help="a delta file or the folder of a run"
+    )
     say = attack.add_argument
     add_loading(say, MODELS)
-    say("--output", metavar="FOLDER", help="default: attack-CONCEPT")
+    say("--output", type=place, metavar="FOLDER", help="default: attack-CONCEPT")
     say("--concept", metavar="CONCEPT", help="default: what the erasure says it erased")
-    say("--paraphrases", metavar="FILE", help="prompts to try, one a line, in place of ours")
+    say(
+        "--paraphrases",
+        type=place,
+        metavar="FILE",
+        help="prompts to try, one a line, in place of ours",
+    )
     say(
         "--control",
         metavar="CONCEPT",
@@ -432,12 +530,25 @@ def add_attack(commands: Any) -> None:
     )
     say(
         "--clip",
+        type=place,
         metavar="MODEL",
         help="a CLIP's folder or hub id: says in which pictures the concept is recognised, as the "
         "most similar of those named (embedded: its own judge does)",
     )
-    say("--object", action="append", metavar="NAME", help="another that CLIP may see; repeatable")
-    say("--style", action="append", metavar="NAME", help="of the other domain; repeatable")
+    say(
+        "--object",
+        action="append",
+        type=words,
+        metavar="NAME",
+        help="another that CLIP may see; repeatable",
+    )
+    say(
+        "--style",
+        action="append",
+        type=words,
+        metavar="NAME",
+        help="of the other domain; repeatable",
+    )
     say("--images", type=int, metavar="N", help="of each attack (default: 4; embedded: 64)")
     say("--seed", type=int, default=0, metavar="N", help="default: 0")
     say("--num-inference-steps", type=int, default=15, metavar="N", help="default: 15")
@@ -453,6 +564,7 @@ def add_attack(commands: Any) -> None:
     learn(
         "--train-data-dir",
         "--train_data_dir",
+        type=place,
         metavar="FOLDER",
         help="pictures of the concept (default: 16 that the model draws before)",
     )
@@ -498,14 +610,22 @@ def add_apply(commands: Any) -> None:
 
 def add_writing(command: argparse.ArgumentParser) -> None:
     say = command.add_argument
-    say("erasures", nargs="+", metavar="ERASURE", help="delta files, or folders of runs")
-    say("--model", metavar="MODEL", help="a folder, file or hub id (default: the erasure's own)")
-    say("--output", required=True, metavar="PATH", help="where it goes")
+    say(
+        "erasures", nargs="+", type=place, metavar="ERASURE", help="delta files, or folders of runs"
+    )
+    say(
+        "--model",
+        type=place,
+        metavar="MODEL",
+        help="a folder, file or hub id (default: the erasure's own)",
+    )
+    say("--output", required=True, type=place, metavar="PATH", help="where it goes")
     say("--strength", type=float, default=1.0, metavar="X", help="of the erasure (default: 1)")
     say("--overwrite", action="store_true", help="replace what is there")
     say(
         "--config",
         dest="model_config",
+        type=place,
         metavar="FOLDER",
         help="a single file's configurations, for a folder of it (default: its family's)",
     )
@@ -523,8 +643,8 @@ def add_diff(commands: Any) -> None:
     )
     diff.set_defaults(run=lazily("export", "diff"))
     say = diff.add_argument
-    say("a")
-    say("b")
+    say("a", type=place)
+    say("b", type=place)
     say("--json", action="store_true", help="every tensor, as JSON")
     say(
         "--allow-pickle", action="store_true", help="read files that can run code; trust them first"
@@ -536,6 +656,7 @@ def add_info(commands: Any) -> None:
     info.set_defaults(run=lazily("info"))
     info.add_argument(
         "path",
+        type=place,
         nargs="?",
         help="a delta file, the folder of a run, a file of samples, or a diffusers folder",
     )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from .demo import is_embedded
 from .demo import recipe as embedded_recipe
@@ -15,6 +15,7 @@ from .optimizers import OPTIMIZERS, check_installed
 from .parameters import check_method
 from .preserve import resolved
 from .prompts import clean_prompt
+from .terminal import quoted
 
 if TYPE_CHECKING:
     from .models.base import Family, Model
@@ -35,11 +36,13 @@ class Loading:
     def __post_init__(self) -> None:
         check_choices(self, "ema", "prediction_type")
         if not isinstance(self.allow_pickle, bool):
-            refuse("allow_pickle", self.allow_pickle, "True or False")  # type: ignore[unreachable]
+            refuse("allow_pickle", self.allow_pickle, "True or False")
         for name, example in (("variant", "'fp16'"), ("model_config", "a folder")):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 refuse(name, value, f"a text, such as {example}")
+        if self.variant is not None and not re.fullmatch(r"[\w-][\w.-]*", self.variant):
+            refuse("variant", self.variant, "a part of a file's name, such as 'fp16'")
 
 
 @dataclass(frozen=True)
@@ -152,8 +155,9 @@ class EraseConfig:
         `model` (as `erase` takes it; nothing is loaded) matters to `fast` alone, whose values
         the embedded model has its own of.
         """
-        if preset not in PRESETS:
-            raise ValueError(f"preset {preset!r} is unknown; there are {', '.join(PRESETS)}")
+        said: object = preset
+        if not isinstance(said, str) or said not in PRESETS:
+            raise ValueError(f"preset {quoted(preset)} is unknown; there are {', '.join(PRESETS)}")
         names = {field.name for field in dataclasses.fields(cls)} - {"given"}
         for name in overrides:
             if name not in names:
@@ -215,24 +219,19 @@ class EraseConfig:
                 "left out where samples is 'last', as in the presets of published recipes",
             )
         check_method(self.train_method)
-        for name in ("iterations", "batch_size", "num_inference_steps", "collect_batch_size"):
-            check_count(name, getattr(self, name))
+        check_count("iterations", self.iterations)
+        for name in ("batch_size", "collect_batch_size"):
+            check_count(name, getattr(self, name), MOST_AT_A_TIME)
+        check_count("num_inference_steps", self.num_inference_steps, MOST_STEPS)
         check_number("learning_rate", self.learning_rate, above=0.0)
         check_number("negative_guidance", self.negative_guidance)
         check_number("guidance_scale", self.guidance_scale)
         check_not_negative("keep_vocabulary", self.keep_vocabulary)
-        if self.num_inference_steps > 1000:
-            refuse("num_inference_steps", self.num_inference_steps, "at most 1000")
         if self.schedule == "paper-diffusers" and self.num_inference_steps < 3:
             refuse("num_inference_steps", self.num_inference_steps, "at least 3 for this schedule")
         if self.resolution is not None:
-            check_count("resolution", self.resolution)
-            if self.resolution % 8:
-                refuse("resolution", self.resolution, "a multiple of 8, such as 512")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            refuse("seed", self.seed, "a whole number from 0")
-        if not 0 <= self.seed < 2**63:
-            refuse("seed", self.seed, "from 0 and below 2**63")
+            check_resolution("resolution", self.resolution)
+        check_seed("seed", self.seed)
         vram: object = self.vram
         if not isinstance(vram, str):
             refuse("vram", vram, "'auto' or a size such as '8GB'")
@@ -241,7 +240,8 @@ class EraseConfig:
         device: object = self.device
         if not isinstance(device, str):
             refuse("device", device, "a text: 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'")
-        if self.preset not in PRESETS:
+        preset: object = self.preset
+        if not isinstance(preset, str) or preset not in PRESETS:
             refuse("preset", self.preset, " or ".join(repr(p) for p in PRESETS))
         check_choices(self, *CHOICES)
         _ = self.loading  # checks its own
@@ -259,7 +259,8 @@ class EraseConfig:
             refuse("samples", self.samples, "'last' where rollout is 'student'")
         if self.samples == "all" and self.schedule != "model":
             refuse("schedule", self.schedule, "'model' where samples is 'all'")
-
+        if self.given is not None:
+            object.__setattr__(self, "given", clean_names(self.given))
         if None in self.sources and self.erase_from is not None and self.anchor == "null":
             refuse("erase_from", self.erase_from, "one for each concept where anchor is 'null'")
 
@@ -396,22 +397,48 @@ def clean_preserve(preserve: Any, concepts: tuple[str, ...]) -> tuple[str, ...]:
 
 def check_choices(config: Any, *names: str) -> None:
     for name in names:
-        if getattr(config, name) not in CHOICES[name]:
-            refuse(name, getattr(config, name), " or ".join(repr(a) for a in CHOICES[name]))
+        value = getattr(config, name)
+        if not isinstance(value, str) or value not in CHOICES[name]:
+            refuse(name, value, " or ".join(repr(a) for a in CHOICES[name]))
 
 
-def refuse(name: str, value: object, would_do: str) -> None:
-    raise ValueError(f"{name} is {value!r}; it must be {would_do}")
+def clean_names(given: Any) -> tuple[str, ...]:
+    names = {field.name for field in dataclasses.fields(EraseConfig)}
+    texts = isinstance(given, (list, tuple)) and all(isinstance(name, str) for name in given)
+    if not texts or not names.issuperset(given):
+        refuse("given", given, "a list of settings' names, or None")
+    return tuple(given)
 
 
-def check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        refuse(name, value, "a whole number from 1")
+def refuse(name: str, value: object, would_do: str) -> NoReturn:
+    raise ValueError(f"{name} is {quoted(value)}; it must be {would_do}")
+
+
+# beyond these a number is a slip of the hand, and would only be found out when memory is gone
+MOST, MOST_AT_A_TIME, MOST_STEPS, MOST_PIXELS = 1_000_000, 10_000, 1000, 16_384
+
+
+def check_count(name: str, value: object, most: int = MOST) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        refuse(name, value, f"a whole number from 1, at most {most}")
+
+
+def check_resolution(name: str, value: object) -> None:
+    check_count(name, value, MOST_PIXELS)
+    if value % 8:  # type: ignore[operator]
+        refuse(name, value, "a multiple of 8, such as 512")
+
+
+def check_seed(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        refuse(name, value, "a whole number from 0")
+    if not 0 <= value < 2**63:
+        refuse(name, value, "from 0 and below 2**63")
 
 
 def check_number(name: str, value: object, above: float | None = None) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value):  # type: ignore[arg-type]
+    if not number or not abs(value) <= sys.float_info.max:  # type: ignore[arg-type]
         refuse(name, value, "a finite number")
     if above is not None and value <= above:  # type: ignore[operator]
         refuse(name, value, f"above {above:g}")
@@ -425,7 +452,7 @@ def check_not_negative(name: str, value: object) -> None:
 
 def bytes_of(text: str) -> int:
     """ "8GB", "8 GiB", "800MiB" in bytes. GB is 2**30 here: a card sold as 8 GB holds 8 GiB."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([GM])i?B?", text.strip(), re.IGNORECASE)
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([GM])i?B?", text.strip(), re.IGNORECASE)
     if found is None or not float(found[1]):
-        raise ValueError(f"vram is {text!r}; it must be a size such as 8GB or 800MB")
+        refuse("vram", text, "a size such as 8GB or 800MB")
     return round(float(found[1]) * 2 ** {"G": 30, "M": 20}[found[2].upper()])

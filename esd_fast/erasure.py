@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import weakref
@@ -13,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .config import check_number
 from .files import parsed_json, replacing
 from .live import check_held, check_idle, plain_module
 from .moves import moves_of
@@ -77,13 +77,13 @@ class Erasure:
         """
         import torch
 
-        if not math.isfinite(strength):
-            raise ValueError(f"strength is {strength!r}; it must be finite: 0 original, 1 erased")
+        check_number("strength", strength)
         unet = unet_of(model)
         check_idle(unet)
         parameters = plain_parameters(unet)
         check_held(parameters)
         check_match(self.tensors, parameters)
+        check_values(self.tensors)
         if unet not in self._originals:
             self._originals[unet] = {n: parameters[n].detach().clone() for n in self.tensors}
         original = self._originals[unet]
@@ -200,9 +200,8 @@ def manifest_from(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
     """Our manifest, or what the reference's keys say. The text is untrusted, so only parsed."""
     if MANIFEST_KEY in metadata:
         manifest = parsed_json(metadata[MANIFEST_KEY], f"{file}: its manifest")
-        if isinstance(manifest, dict):
-            return manifest
-        raise ValueError(f"{file}: its manifest is damaged: no table")
+        check_manifest(manifest, file)
+        return dict(manifest)
     concept = metadata.get("erase_concept", file.stem)
     source = metadata.get("erase_from")
     return {
@@ -211,6 +210,28 @@ def manifest_from(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
         "method": metadata.get("train_method", "unknown"),
         "model": metadata.get("base_model_id", "unknown"),
     }
+
+
+TEXTS = ("concept", "method", "model", "base_fingerprint", "preset", "family")
+
+
+def check_manifest(manifest: Any, file: Path) -> None:
+    """Raises ValueError where what is read of it is of another kind than it was written."""
+    damaged = None
+    if not isinstance(manifest, dict):
+        damaged = "no table"
+    elif odd := [name for name in TEXTS if not isinstance(manifest.get(name, ""), str)]:
+        damaged = f"{odd[0]} is no text"
+    elif not isinstance(manifest.get("erase_from") or "", str):
+        damaged = "erase_from is no text"
+    elif not all(isinstance(text, str) for text in listed(manifest.get("concepts", []))):
+        damaged = "concepts is no list of texts"
+    if damaged:
+        raise ValueError(f"{file}: its manifest is damaged: {damaged}")
+
+
+def listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [None]
 
 
 def unet_of(model: Any) -> Any:
@@ -231,6 +252,17 @@ def check_match(tensors: Mapping[str, Any], parameters: Mapping[str, Any]) -> No
             f"this erasure does not fit the model: {matched} of {len(tensors)} tensors match, "
             f"{len(unknown)} names unknown, {len(bent)} shapes differ ({examples})"
         )
+
+
+def check_values(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises ValueError where one is no weight: pictures would be black, and nobody knew why."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"this erasure holds {tensor.dtype} in {name}; weights are floats")
+        if not tensor.float().isfinite().all():
+            raise ValueError(
+                f"this erasure holds NaN or infinity ({name}); train again, or copy it again"
+            )
 
 
 def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ from .collect import (
     collect_last,
     collect_preserved,
 )
-from .config import CHOICES, EraseConfig
+from .config import CHOICES, EraseConfig, refuse
 from .engine import Layout, engaged, layout_for
 from .erasure import Erasure, fingerprint, processor_of, versions
 from .fit import FitStep, Fitter, shuffled
@@ -31,16 +32,13 @@ from .models import Conditioning, Model, PromptSet, load_model
 from .objective import Objective
 from .optimizers import described, make_optimizer
 from .parameters import TrainableSubset, canonical_method, only_trainable, trainable_names
-from .plan import Plan, Rollout, plan_preserved, plan_rollouts
+from .plan import Plan, Rollout, check_room, plan_preserved, plan_rollouts
 from .run_state import Checkpoints, Identity, Keeper, RunState, newest_state
 from .schedules import scheduler_for
 from .sick_numbers import check_collected
 from .stepping_down import stepping_down
 from .stored_samples import StoredSamples, read_samples
 from .vocabulary import filters_for
-
-if TYPE_CHECKING:
-    import os
 
 
 @dataclass(frozen=True)
@@ -97,6 +95,16 @@ def erase(
     by side. On the CPU the same seed gives the same bits on the same machine with the same versions
     and the same `torch.get_num_threads()` (what depends on that number: repeating.py).
     """
+    given: dict[str, object] = {"checkpoints": checkpoints, "resume": resume}
+    if not isinstance(samples, StoredSamples):
+        given["samples"] = samples
+    for name, value in given.items():
+        if value is not None and not (isinstance(value, (str, os.PathLike)) and str(value)):
+            refuse(name, value, "a file" if name == "samples" else "a folder")
+    given = {"on_progress": on_progress, "on_step": on_step}
+    for name, value in given.items():
+        if value is not None and not callable(value):
+            refuse(name, value, "a function")
     stored = None
     if samples in CHOICES["samples"]:
         settings["samples"] = samples
@@ -292,6 +300,7 @@ def prepare(
         graphs=graphs.guided,
     )
     if rollouts is None:
+        check_room(config, shape, len(teacher.asked), model.device)
         rollouts = plan_rollouts(config, scheduler.timesteps, shape, prompts.erased)
     preserved = range(prompts.erased, prompts.concepts)
     plan = Plan(rollouts, plan_preserved(config, scheduler.timesteps, shape, preserved))
@@ -367,7 +376,13 @@ def encode_prompts(
 
     @functools.cache
     def encoded(text: str) -> Conditioning:
-        return model.family.encode(model.pipeline, text, resolution)
+        states = model.family.encode(model.pipeline, text, resolution)
+        if not states.encoder_hidden_states.isfinite().all():
+            raise ValueError(
+                f"the text encoder's answer to {text!r} is not finite in {model.dtype}: its "
+                "weights are damaged, or dtype float32 would do"
+            )
+        return states
 
     if extra and len(set(config.sources)) > 1:
         raise ValueError(f"erase_from is {config.erase_from!r}; with extra it must be one for all")

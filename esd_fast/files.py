@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,32 @@ def replacing_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def output_folder(folder: Path) -> Iterator[Path]:
+    """Within: `folder` is there, and was shown to be writable. Of what had to be made for it, that
+    which is still empty at the end goes again: a run that failed leaves nothing behind."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        trial = folder / ".esd-fast-writable"
+        trial.write_text("")
+        trial.unlink(missing_ok=True)  # another process may write into the same folder
+        yield folder
+    finally:
+        with suppress(OSError):  # no longer empty
+            for path in made:
+                path.rmdir()
+
+
+def check_outside(output: Path, model: Any) -> None:
+    """Raises ValueError where results would land in the folder of the model that they are from."""
+    if not isinstance(model, (str, Path)) or not Path(model).is_dir():
+        return
+    home, place = (Path(os.path.realpath(path)) for path in (model, output))  # loops and all
+    if home == place or home in place.parents:
+        raise ValueError(f"{output} lies in the model's own folder; name another place")
+
+
 def check_target(target: Path, overwrite: bool, *, folder: bool = False) -> None:
     """Before any work: raises FileExistsError where something is there that must not go. A folder
     is replaced only where it is empty or a diffusers model."""
@@ -58,11 +84,13 @@ def check_target(target: Path, overwrite: bool, *, folder: bool = False) -> None
         raise FileExistsError(f"{target} is no diffusers model; a folder of yours is not replaced")
 
 
-def parsed_json(text: str | bytes, what: str) -> Any:
+def parsed_json(
+    text: str | bytes, what: str, pairs: Callable[[list[tuple[str, Any]]], Any] = dict
+) -> Any:
     """Raises ValueError, in one line that begins with `what`, where it is none: bytes that are no
-    text, nesting or numbers that Python does not take as well."""
+    text, nesting or numbers that Python does not take as well. `pairs` makes its tables."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=pairs)
     except RecursionError:
         raise ValueError(f"{what} is damaged: nested too deeply") from None
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are of this kind

@@ -21,6 +21,7 @@ from .collect import predict_noise
 from .frozen_conv import frozen_convolutions
 from .memory_count import FlashOnMeta, LiveBytes, SavedBytes
 from .models.base import Conditioning
+from .models.folder_check import loading
 from .optimizers import OPTIMIZERS, state_bytes
 from .parameters import trainable_names
 
@@ -261,7 +262,7 @@ def by_block(
 def on_meta(unet_config: dict[str, Any], dtype: torch.dtype) -> Any:
     from diffusers import UNet2DConditionModel
 
-    with torch.device("meta"):
+    with loading("the model"), torch.device("meta"):
         unet = UNet2DConditionModel.from_config(unet_config)
     for module in unet.modules():
         if hasattr(module, "set_processor"):  # attention

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from .terminal import quoted
+
 if TYPE_CHECKING:
     import torch
 
@@ -52,19 +54,22 @@ def check_method(method: object) -> None:
     """A known name, an alias, or a regular expression. A plain word that is in no module's name
     is a misspelt method, and found out here, before anything is loaded."""
     if not isinstance(method, str) or not method.strip():
-        raise ValueError(f"train_method is {method!r}; it must be one of {', '.join(METHODS)}")
+        raise ValueError(
+            f"train_method is {quoted(method)}; it must be one of {', '.join(METHODS)}"
+        )
     if canonical_method(method) in METHODS:
         return
     if re.fullmatch(r"[\w-]+", method) and not any(method in name for name in MODULE_NAMES):
         known = ", ".join([*METHODS, *ALIASES])
         raise ValueError(
-            f"train_method is {method!r}; it must be one of {known}, "
+            f"train_method is {quoted(method)}; it must be one of {known}, "
             "or a regular expression over module names such as 'up_blocks.*attn2'"
         )
     try:
         re.compile(method)
-    except re.error as error:
-        raise ValueError(f"train_method {method!r} is no regular expression: {error}") from None
+    except (re.error, RecursionError, OverflowError) as error:
+        said = quoted(method)
+        raise ValueError(f"train_method {said} is no regular expression: {error}") from None
 
 
 def plain_parameters(unet: Any) -> dict[str, torch.nn.Parameter]:

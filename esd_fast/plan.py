@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,31 @@ class Plan:
     def after(self, erased: int, preserved: int) -> Plan:
         """Without the first so many of each."""
         return Plan(self.erased[erased:], self.preserved[preserved:])
+
+
+def check_room(
+    config: EraseConfig, shape: tuple[int, int, int], asked: int, device: torch.device
+) -> None:
+    """Raises ValueError where what a run keeps of its samples is more than all memory that there is:
+    latents of `shape`, and where a frozen UNet rolls out `asked` predictions at each."""
+    kept = 4 if config.rollout == "student" else 4 + 2 * (1 + asked)  # noise float32, the rest half
+    need = config.iterations * config.batch_size * math.prod(shape) * kept
+    there = memory_of(device)
+    if need > there:
+        raise ValueError(
+            f"iterations is {config.iterations} and batch_size {config.batch_size}: their samples "
+            f"take {need / 2**30:.0f} GiB, and there are {there / 2**30:.0f}; fewer iterations, or "
+            "a lower resolution, take less"
+        )
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes, all of them."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def plan_rollouts(

@@ -56,7 +56,9 @@ def deepest(unet_config: Mapping[str, Any]) -> tuple[int, int]:
 def weights_of(unet_config: Mapping[str, Any]) -> int:
     from diffusers import UNet2DConditionModel
 
-    with torch.device("meta"):
+    from .models.folder_check import loading
+
+    with loading("the model"), torch.device("meta"):
         unet = UNet2DConditionModel.from_config(dict(unet_config))
     return sum(p.numel() for p in unet.parameters())
 

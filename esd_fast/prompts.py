@@ -8,17 +8,19 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
+from .terminal import quoted
+
 
 def clean_prompt(argument: str, text: object) -> str:
     """The prompt without blanks around it. Raises ValueError where nothing is left."""
     if not isinstance(text, str):
-        raise ValueError(f"{argument} is {text!r}; it must be a text, such as 'cat'")  # noqa: TRY004
+        raise ValueError(f"{argument} is {quoted(text)}; it must be a text, such as 'cat'")  # noqa: TRY004
     cleaned = text.strip()
     if not any(character.isprintable() and not character.isspace() for character in cleaned):
-        raise ValueError(f"{argument} is {text!r}; it must name something, such as 'cat'")
+        raise ValueError(f"{argument} is {quoted(text)}; it must name something, such as 'cat'")
     if re.search("[\ud800-\udfff]", cleaned):
         raise ValueError(
-            f"{argument} is {text!r}; it must be valid Unicode (no tokenizer reads it)"
+            f"{argument} is {quoted(text)}; it must be valid Unicode (no tokenizer reads it)"
         )
     return cleaned
 

@@ -91,7 +91,7 @@ def open_safetensors(path: Path) -> TensorFile:
         raise ValueError(f"{path} is no whole safetensors file: {error}") from None
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = parsed_json(file.read(length), str(path))
+        header = parsed_json(file.read(length), str(path), without_doubles(path))
         mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     header.pop("__metadata__", None)
     check_sides(path, (entry["shape"] for entry in header.values()))
@@ -116,6 +116,18 @@ def open_safetensors(path: Path) -> TensorFile:
         return Lazy(dtype, shape, read)
 
     return TensorFile(path, {name: lazy(name) for name in header}, metadata, raw)
+
+
+def without_doubles(path: Path) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+    """For JSON: of two tensors of one name every reader takes another one."""
+
+    def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            raise ValueError(f"{path} names something twice in its header; copy it again")
+        return made
+
+    return table
 
 
 def read_pickled(path: Path, allow_pickle: bool = False) -> dict[str, torch.Tensor]:

@@ -10,15 +10,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esd_fast.config import check_count, check_number, refuse
+from esd_fast.config import MOST_AT_A_TIME, check_count, check_number, refuse
 from esd_fast.demo import is_embedded, world
+from esd_fast.files import check_outside, output_folder
 from esd_fast.pages import keep_pages
 from esd_fast.prompt_list import read_prompts
 from esd_fast.prompts import clean_prompt, safe_name
+from esd_fast.terminal import tell
 
 from .console import Bars, quiet_libraries
-from .drawing import check_drawing, drawing_settings, place_of
-from .generate import check_erasures, output_folder
+from .drawing import check_drawing, check_images, drawing_settings, place_of
+from .generate import check_erasures
 from .recognising import check_clip, recogniser_of, told_apart, witness_of
 
 if TYPE_CHECKING:
@@ -42,7 +44,6 @@ def attack(arguments: argparse.Namespace) -> int:
     keep_pages()
     quiet_libraries()
     from esd_fast.erasure import load
-    from esd_fast.evaluation.resistance import comparison_rows
     from esd_fast.models import load_model
 
     erasure = load(arguments.erasure, place.allow_pickle)
@@ -50,10 +51,38 @@ def attack(arguments: argparse.Namespace) -> int:
     control = arguments.control or control_for(arguments, concepts)
     apart = told_apart(arguments, [*concepts, *filter(None, [control])])
     recogniser = recogniser_of(arguments, apart)
-    folder = output_folder(arguments.output or f"attack-{safe_name(', '.join(concepts))}")
-    model = load_model(arguments.model, place)
-    check_erasures([(Path(arguments.erasure), erasure)], model)
+    folder = Path(arguments.output or f"attack-{safe_name(', '.join(concepts))}")
+    check_outside(folder, arguments.model)
+    with output_folder(folder):
+        model = load_model(arguments.model, place)
+        check_erasures([(Path(arguments.erasure), erasure)], model)
+        told, rows, outcomes = attacked(
+            arguments, model, erasure, concepts, control, recogniser, apart
+        )
+        write(folder, told, rows, outcomes)
+    tell(json.dumps(told, indent=1) if arguments.json else as_text(told, folder))
+    return 0
+
+
+def attacked(
+    arguments: argparse.Namespace,
+    model: Model,
+    erasure: Erasure,
+    concepts: Sequence[str],
+    control: str | None,
+    recogniser: Recogniser | None,
+    apart: dict[str, str],
+) -> tuple[dict[str, Any], list[ComparisonRow], list[Outcome]]:
+    """What attack.json holds, the rows of the grid, and all pictures and tokens."""
+    from esd_fast.evaluation.inversion import one_token
+    from esd_fast.evaluation.placeholder import TOKENIZER_OF
+    from esd_fast.evaluation.resistance import comparison_rows
+
     resistance = resistance_of(arguments, model)
+    if arguments.initializer_token is not None:  # before anything is drawn
+        for encoder in TOKENIZER_OF:
+            if getattr(model.pipeline, encoder, None) is not None:
+                one_token(model.pipeline, encoder, arguments.initializer_token)
     model.pipeline.to(model.device)
     bars = Bars()
 
@@ -62,21 +91,18 @@ def attack(arguments: argparse.Namespace) -> int:
         if done == total:
             bars.close()  # the next attack's bar is a new one
 
-    tell = None if arguments.json else show
+    watch = None if arguments.json else show
     witness = functools.partial(witness_of, recogniser, apart)
     outcomes: list[Outcome] = []
     rows: list[ComparisonRow] = []
     try:
-        for target in targets_of(arguments, model, concepts, control, resistance, witness, tell):
-            found = resistance.measure(model, erasure, target, tell)
+        for target in targets_of(arguments, model, concepts, control, resistance, witness, watch):
+            found = resistance.measure(model, erasure, target, watch)
             outcomes += found
             rows += comparison_rows(target, found, COLUMNS)
     finally:
         bars.close()
-    told = as_dict(arguments, concepts, recogniser, resistance, outcomes)
-    write(folder, told, rows, outcomes)
-    print(json.dumps(told, indent=1) if arguments.json else as_text(told, folder))
-    return 0
+    return as_dict(arguments, concepts, recogniser, resistance, outcomes), rows, outcomes
 
 
 # --- what the arguments say ----------------------------------------------------------------------
@@ -88,9 +114,10 @@ def checked(arguments: argparse.Namespace) -> EraseConfig:
     if not Path(arguments.erasure).exists():
         raise FileNotFoundError(f"erasure {arguments.erasure!r} does not exist")
     check_drawing(arguments)
-    for name in ("images", "max_train_steps", "train_batch_size"):
-        if getattr(arguments, name) is not None:
-            check_count("--" + name.replace("_", "-"), getattr(arguments, name))
+    check_images(arguments)
+    check_count("--max-train-steps", arguments.max_train_steps)
+    if arguments.train_batch_size is not None:
+        check_count("--train-batch-size", arguments.train_batch_size, MOST_AT_A_TIME)
     check_clip(arguments)
     check_number("--learning-rate", arguments.learning_rate, above=0.0)
     for name in ("concept", "control"):

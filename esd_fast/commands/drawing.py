@@ -6,23 +6,39 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from esd_fast.config import EraseConfig, check_count, check_number, refuse
+from esd_fast.config import (
+    MOST_AT_A_TIME,
+    MOST_STEPS,
+    EraseConfig,
+    check_count,
+    check_number,
+    check_resolution,
+    check_seed,
+)
 
 from .loading import loading_of
 
 if TYPE_CHECKING:
     from esd_fast.models import Model
 
+MOST_IMAGES = 100_000  # of a prompt
+
 
 def check_drawing(arguments: argparse.Namespace) -> None:
     """Raises ValueError; before anything is loaded."""
-    check_count("--num-inference-steps", arguments.num_inference_steps)
+    check_count("--num-inference-steps", arguments.num_inference_steps, MOST_STEPS)
     if arguments.batch_size is not None:
-        check_count("--batch-size", arguments.batch_size)
+        check_count("--batch-size", arguments.batch_size, MOST_AT_A_TIME)
     if arguments.guidance_scale is not None:
         check_number("--guidance-scale", arguments.guidance_scale)
-    if not 0 <= arguments.seed < 2**63:
-        refuse("--seed", arguments.seed, "from 0 and below 2**63")
+    if arguments.resolution is not None:
+        check_resolution("--resolution", arguments.resolution)
+    check_seed("--seed", arguments.seed)
+
+
+def check_images(arguments: argparse.Namespace) -> None:
+    if arguments.images is not None:
+        check_count("--images", arguments.images, MOST_IMAGES)
 
 
 def place_of(arguments: argparse.Namespace) -> EraseConfig:

@@ -7,21 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esd_fast.config import EraseConfig, check_count, check_number, refuse
+from esd_fast.config import EraseConfig, check_number, refuse
 from esd_fast.demo import is_embedded
+from esd_fast.files import check_outside, output_folder
 from esd_fast.pages import keep_pages
 from esd_fast.prompt_list import Case
+from esd_fast.terminal import tell
 
 from .console import Bars, quiet_libraries
-from .drawing import check_drawing, drawing_settings, place_of
-from .generate import (
-    Asked,
-    check_erasures,
-    draw_all,
-    folders,
-    output_folder,
-    variants_of,
-)
+from .drawing import check_drawing, check_images, drawing_settings, place_of
+from .generate import Asked, check_erasures, draw_all, folders, variants_of
 from .recognising import check_clip
 
 if TYPE_CHECKING:
@@ -34,6 +29,12 @@ ERASED_IMAGES, KEPT_IMAGES = 32, 64  # of the embedded model, where no prompts a
 
 def evaluate(arguments: argparse.Namespace) -> int:
     check(arguments)
+    check_outside(output_of(arguments), arguments.model)
+    with output_folder(output_of(arguments)) as output:
+        return evaluate_into(output, arguments)
+
+
+def evaluate_into(output: Path, arguments: argparse.Namespace) -> int:
     keep_pages()
     quiet_libraries()
     from esd_fast.evaluation.concepts import gathered, with_erased
@@ -56,8 +57,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
         told, interference = measure(subject, metrics, lacking, bars.drawing)
     finally:
         bars.close()
-    page = write_evaluation(Path(output_of(arguments)), subject, told, interference)
-    print(as_text(told, page))
+    page = write_evaluation(output, subject, told, interference)
+    tell(as_text(told, page))
     return 0
 
 
@@ -69,6 +70,9 @@ def check(arguments: argparse.Namespace) -> None:
         raise ValueError("give --prompt or --prompts, not both")
     if arguments.pictures and (arguments.prompt or arguments.prompts):
         raise ValueError("--pictures are of their own prompts; leave out --prompt and --prompts")
+    check_drawing(arguments)
+    check_images(arguments)
+    check_number("--strength", arguments.strength)
     if not 0 < arguments.nudenet_threshold < 1:
         refuse("--nudenet-threshold", arguments.nudenet_threshold, "above 0 and below 1")
     for name in ("pictures", "reference"):
@@ -88,8 +92,8 @@ def check(arguments: argparse.Namespace) -> None:
         raise FileNotFoundError(f"--inception {arguments.inception!r} does not exist")
 
 
-def output_of(arguments: argparse.Namespace) -> str:
-    return str(arguments.output or arguments.pictures or "evaluation")
+def output_of(arguments: argparse.Namespace) -> Path:
+    return Path(arguments.output or arguments.pictures or "evaluation")
 
 
 # --- the pictures --------------------------------------------------------------------------------
@@ -108,8 +112,6 @@ def look_at(arguments: argparse.Namespace) -> Opened:
 
 def draw(arguments: argparse.Namespace) -> Opened:
     """Draws what is not there yet."""
-    check_drawing(arguments)
-    check_number("--strength", arguments.strength)
     embedded = is_embedded(arguments.model)
     place = place_of(arguments)
     from esd_fast.erasure import load
@@ -120,15 +122,15 @@ def draw(arguments: argparse.Namespace) -> Opened:
 
     erasures = [(Path(p), load(p, place.allow_pickle)) for p in arguments.erasures]
     asked = asked_of(arguments, erasures, place, embedded)
-    output = output_folder(output_of(arguments))
     metrics, lacking = opened(arguments.metric or (), settings_of(arguments), embedded)
     model = load_model(arguments.model, place)
     check_erasures(erasures, model)
     rows = [row for row in rows_of(asked.cases, asked.images, arguments.seed) if asked.wants(row)]
     settings = drawing_settings(arguments, model)
+    output = output_of(arguments)
     variants = variants_of(output, model, erasures, settings, arguments.strength)
     made, there = draw_all(model.pipeline.to(model.device), rows, variants, settings, arguments)
-    print(f"{made} pictures drawn, {there} were there: {folders(variants)}")
+    tell(f"{made} pictures drawn, {there} were there: {folders(variants)}")
     names = {file.name for row in rows for file in row.files}
     return read_drawn(output, names, [v.folder for v in variants[1:]]), metrics, lacking
 
@@ -144,8 +146,6 @@ def asked_of(
         return Asked.of(arguments)
     if not embedded:
         raise ValueError("give prompts to draw: --prompts FILE, or --prompt, once or more")
-    if arguments.images is not None:
-        check_count("--images", arguments.images)
     said = arguments.erased or [str(e.manifest.get("concept", "")) for _, e in erasures]
     return Asked(embedded_cases(said, arguments.seed), arguments.images or 1, None, None, place)
 

@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+from esd_fast.terminal import tell
+
 from .console import quiet_libraries
 
 
@@ -42,8 +44,8 @@ def write(arguments: argparse.Namespace, format: str) -> int:
         **{name: value for name, value in of_lora.items() if value is not None},
     )
     for note in done.notes:
-        print(f"note: {note}", file=sys.stderr)
-    print(f"{done.path}: {done.lora}" if done.lora else str(done.path))
+        tell(f"note: {note}", sys.stderr)
+    tell(f"{done.path}: {done.lora}" if done.lora else str(done.path))
     return 0
 
 
@@ -53,5 +55,5 @@ def diff(arguments: argparse.Namespace) -> int:
     from esd_fast.export.compare import as_json, as_text, compare
 
     found = compare(arguments.a, arguments.b, arguments.allow_pickle)
-    print(json.dumps(as_json(found), indent=1) if arguments.json else as_text(found))
+    tell(json.dumps(as_json(found), indent=1) if arguments.json else as_text(found))
     return 0 if found.same else 1

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esd_fast.config import EraseConfig, check_count, check_number
+from esd_fast.config import EraseConfig, check_number
+from esd_fast.files import check_outside, output_folder
 from esd_fast.pages import keep_pages
 from esd_fast.prompt_list import Case, read_prompts
 from esd_fast.prompts import clean_prompt
+from esd_fast.terminal import tell
 
 from .console import Bars, quiet_libraries
-from .drawing import check_drawing, drawing_settings, place_of
+from .drawing import check_drawing, check_images, drawing_settings, place_of
 
 if TYPE_CHECKING:
     from esd_fast.erasure import Erasure
@@ -25,7 +27,12 @@ if TYPE_CHECKING:
 
 def generate(arguments: argparse.Namespace) -> int:
     asked = Asked.of(arguments)
-    output = output_folder(arguments.output)
+    check_outside(Path(arguments.output), arguments.model)
+    with output_folder(Path(arguments.output)) as output:
+        return draw_into(output, asked, arguments)
+
+
+def draw_into(output: Path, asked: Asked, arguments: argparse.Namespace) -> int:
     keep_pages()
     quiet_libraries()
     from esd_fast.erasure import load
@@ -40,10 +47,10 @@ def generate(arguments: argparse.Namespace) -> int:
     settings = drawing_settings(arguments, model)
     variants = variants_of(output, model, erasures, settings, arguments.strength)
     drawn, there = draw_all(pipeline, rows, variants, settings, arguments)
-    print(f"{drawn} pictures drawn, {there} were there: {folders(variants)}")
+    tell(f"{drawn} pictures drawn, {there} were there: {folders(variants)}")
     if not arguments.no_grid:
         first, *others = write_pages(output, rows, variants)
-        print(f"side by side: {first}" + (f" and {len(others)} more" if others else ""))
+        tell(f"side by side: {first}" + (f" and {len(others)} more" if others else ""))
     return 0
 
 
@@ -61,8 +68,7 @@ class Asked:
     def of(cls, arguments: argparse.Namespace) -> Asked:
         check_drawing(arguments)
         check_number("--strength", arguments.strength)
-        if arguments.images is not None:
-            check_count("--images", arguments.images)
+        check_images(arguments)
         cases = cases_of(arguments)
         numbered = cases[0].number is not None
         images = arguments.images or (1 if numbered else 4)
@@ -94,19 +100,20 @@ class Asked:
 
 def check_erasures(erasures: list[tuple[Path, Erasure]], model: Model) -> None:
     """Raises ValueError where one does not fit; says where one is of other weights."""
-    from esd_fast.erasure import check_match, unet_of
+    from esd_fast.erasure import check_match, check_values, unet_of
     from esd_fast.export.merge import was_trained_on
     from esd_fast.parameters import plain_parameters
 
     parameters = plain_parameters(unet_of(model.pipeline))
     for path, erasure in erasures:
         check_match(erasure.tensors, parameters)
+        check_values(erasure.tensors)
         weights = {n: p.detach() for n, p in parameters.items() if n in erasure.tensors}
         if "base_fingerprint" in erasure.manifest and not was_trained_on(erasure, weights):
-            print(
+            tell(
                 f"note: {path} was trained on other weights than {model.source} holds; "
                 "esd-fast verify says more",
-                file=sys.stderr,
+                sys.stderr,
             )
 
 
@@ -114,16 +121,6 @@ def cases_of(arguments: argparse.Namespace) -> list[Case]:
     if arguments.prompts is not None:
         return read_prompts(arguments.prompts)
     return [Case(clean_prompt("--prompt", prompt)) for prompt in arguments.prompt]
-
-
-def output_folder(output: str) -> Path:
-    """Made, and shown to be writable, before any model is loaded."""
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    trial = folder / ".esd-fast-writable"
-    trial.write_text("")
-    trial.unlink(missing_ok=True)  # another process may draw into the same folder
-    return folder
 
 
 def variants_of(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from esd_fast.config import Loading
+from esd_fast.terminal import tell
 
 from .console import quiet_libraries
 from .loading import loading_of
@@ -16,7 +17,7 @@ from .loading import loading_of
 def info(arguments: argparse.Namespace) -> int:
     quiet_libraries()
     found = about(arguments.path, arguments.model, loading_of(arguments))
-    print(json.dumps(found, indent=1) if arguments.json else as_text(found))
+    tell(json.dumps(found, indent=1) if arguments.json else as_text(found))
     return 0
 
 
@@ -76,11 +77,12 @@ def about_model(source: str, loading: Loading) -> dict[str, Any]:
     from diffusers import UNet2DConditionModel
 
     from esd_fast.models import look_at
+    from esd_fast.models.folder_check import loading as loading_from
     from esd_fast.parameters import METHODS, trainable_names
 
     found = look_at(source, loading)
     family, described = found.family, found.described
-    with torch.device("meta"):
+    with loading_from(source), torch.device("meta"):
         unet = UNet2DConditionModel.from_config(dict(described.unet))
     sizes = {n: p.numel() for n, p in unet.named_parameters()}
     methods = {}

@@ -7,6 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from esd_fast.config import Loading
+from esd_fast.terminal import tell
 
 from .console import quiet_libraries
 from .loading import loading_of
@@ -17,18 +18,19 @@ if TYPE_CHECKING:
 
 def plan(arguments: argparse.Namespace) -> int:
     """Exit code 0; 1 where nothing fits `--vram`."""
-    from esd_fast.config import bytes_of, check_count
+    from esd_fast.config import MOST_AT_A_TIME, bytes_of, check_count, check_resolution
     from esd_fast.parameters import canonical_method, check_method
 
     check_method(arguments.train_method)
-    check_count("batch_size", arguments.batch_size)
+    check_count("--batch-size", arguments.batch_size, MOST_AT_A_TIME)
     if arguments.resolution is not None:
-        check_count("resolution", arguments.resolution)
+        check_resolution("--resolution", arguments.resolution)
+    vram = None if arguments.vram is None else bytes_of(arguments.vram)
+    loading = loading_of(arguments)
     quiet_libraries()
     from esd_fast.memory_plan import plan_memory
 
-    vram = None if arguments.vram is None else bytes_of(arguments.vram)
-    config, scale = described_unet(arguments.model, loading_of(arguments))
+    config, scale = described_unet(arguments.model, loading)
     made = plan_memory(
         arguments.model,
         config,
@@ -39,7 +41,7 @@ def plan(arguments: argparse.Namespace) -> int:
         vae_scale_factor=scale,
         optimizer=arguments.optimizer,
     )
-    print(json.dumps(as_json(made, vram), indent=1) if arguments.json else as_text(made, vram))
+    tell(json.dumps(as_json(made, vram), indent=1) if arguments.json else as_text(made, vram))
     return 0 if vram is None or made.fitting(vram) else 1
 
 

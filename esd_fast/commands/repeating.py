@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from esd_fast.config import EraseConfig, refuse
 from esd_fast.repeating import Recorded, mapping, recorded
+from esd_fast.terminal import tell
 
 if TYPE_CHECKING:
     from esd_fast.erasure import Erasure
@@ -54,7 +55,7 @@ class Repeated:
 
     def tell_outcome(self, erasure: Erasure) -> None:
         if not (self.over or self.other_base):
-            print(f"  {self.run.outcome(erasure)}")
+            tell(f"  {self.run.outcome(erasure)}")
 
 
 def run_to_repeat(arguments: argparse.Namespace) -> Repeated | None:
@@ -86,4 +87,4 @@ def run_to_repeat(arguments: argparse.Namespace) -> Repeated | None:
 
 def say(note: str) -> None:
     if note:
-        print(f"note: {note}", file=sys.stderr)
+        tell(f"note: {note}", sys.stderr)

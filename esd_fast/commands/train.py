@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esd_fast.config import EraseConfig, refuse
-from esd_fast.files import check_target
+from esd_fast.files import check_outside, check_target, output_folder
 from esd_fast.pages import keep_pages
 from esd_fast.parameters import canonical_method
 from esd_fast.prompt_list import read_prompts
 from esd_fast.prompts import file_part, safe_name
+from esd_fast.terminal import tell
 
 from .console import Bars, peak_memory_bytes, quiet_libraries
 from .reference_flags import reference_file, translated
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from esd_fast.stored_samples import StoredSamples
 
 COLUMNS_EMBEDDED, COLUMNS_GPU = 6, 3
+MOST_COLUMNS, MOST_ROUNDS = 100, 100
 KEEP_PROMPTS = ("a photo of a dog", "a house by a lake", "a portrait of a woman")
 
 
@@ -38,16 +40,33 @@ def train(arguments: argparse.Namespace) -> int:
     started = process_start()
     repeated = run_to_repeat(arguments)
     for note in translated(arguments):
-        print(f"note: {note}", file=sys.stderr)
+        tell(f"note: {note}", sys.stderr)
     stored = samples_to_take(arguments)
     resume = state_to_resume(arguments)
     config = config_of(arguments, resume, repeated, stored)
-    if arguments.harden < 0:
-        refuse("--harden", arguments.harden, "a whole number from 0 (rounds of hardening; 0: none)")
+    if not 0 <= arguments.harden <= MOST_ROUNDS:
+        refuse("--harden", arguments.harden, f"a whole number from 0 (none) to {MOST_ROUNDS}")
+    if arguments.pictures is not None and not 0 <= arguments.pictures <= MOST_COLUMNS:
+        refuse("--pictures", arguments.pictures, f"a whole number from 0, at most {MOST_COLUMNS}")
     if arguments.harden and (resume or arguments.checkpoint_every is not None):
         refuse("--harden", arguments.harden, "0 with checkpoints: its several runs are not resumed")
     delta = delta_place(arguments, config)
-    folder = output_folder(arguments.output, config, arguments.overwrite or resume is not None)
+    folder = results_folder(arguments.output, config, arguments.overwrite or resume is not None)
+    check_outside(folder, arguments.model)
+    with output_folder(folder):  # shown to be writable before any training
+        return train_into(*(folder, delta, arguments, config, resume, repeated, stored, started))
+
+
+def train_into(
+    folder: Path,
+    delta: Path | None,
+    arguments: argparse.Namespace,
+    config: EraseConfig,
+    resume: RunState | None,
+    repeated: Repeated | None,
+    stored: StoredSamples | None,
+    started: float,
+) -> int:
     keep_pages()
     bars = Bars()
     quiet_libraries()
@@ -88,10 +107,10 @@ def train(arguments: argparse.Namespace) -> int:
         erasure.save(delta)
     if interruption:
         done = len(erasure.manifest["losses"])
-        print(f"interrupted after {done} of {config.iterations} steps; saved in {folder}")
+        tell(f"interrupted after {done} of {config.iterations} steps; saved in {folder}")
         if interruption.checkpoint:
             again = "" if done or config.rollout == "student" else ", collecting again"
-            print(f"  esd-fast train --resume {shlex.quote(str(folder))} goes on{again}")
+            tell(f"  esd-fast train --resume {shlex.quote(str(folder))} goes on{again}")
         return 130
     forget_checkpoints(folder)  # the result is there
     trained = time.time() - started
@@ -107,10 +126,10 @@ def train(arguments: argparse.Namespace) -> int:
     from esd_fast.evaluation.report import write_report
 
     page = write_report(folder, report)
-    print(summary(report, page))
+    tell(summary(report, page))
     if repeated:
         repeated.tell_outcome(erasure)
-    print(f"  again: esd-fast train --manifest {shlex.quote(str(folder))}")
+    tell(f"  again: esd-fast train --manifest {shlex.quote(str(folder))}")
     return 0
 
 
@@ -127,7 +146,7 @@ def erased(
     from esd_fast.esd import Progress, run
     from esd_fast.hardening import drawn_adversary, harden
 
-    def tell(progress: Progress) -> None:
+    def show(progress: Progress) -> None:
         bars.show(progress.phase, progress.done, progress.total, progress.loss)
 
     if not rounds:
@@ -136,13 +155,13 @@ def erased(
             checkpoints=checkpoints,
             resume=resume,
             stored=stored,
-            on_progress=tell,
+            on_progress=show,
         )
     adversaries = [
         drawn_adversary(model, text, resolution=config.resolution, on_progress=bars.drawing("draw"))
         for text in config.concepts
     ]
-    return harden(model, config, rounds, adversaries, on_progress=tell)
+    return harden(model, config, rounds, adversaries, on_progress=show)
 
 
 def process_start() -> float:
@@ -180,7 +199,7 @@ def state_to_resume(arguments: argparse.Namespace) -> RunState | None:
     arguments.output = str(folder)
     if arguments.model is None and state.identity.model != "embedded":
         arguments.model = state.identity.model
-    print(f"going on from step {state.step}", file=sys.stderr)
+    tell(f"going on from step {state.step}", sys.stderr)
     return state
 
 
@@ -259,21 +278,16 @@ def free_folder(parent: Path, config: EraseConfig, overwrite: bool) -> Path:
     return folder
 
 
-def output_folder(output: str | None, config: EraseConfig, overwrite: bool) -> Path:
-    """Made, and shown to be writable, before any training. Earlier results are not replaced."""
+def results_folder(output: str | None, config: EraseConfig, overwrite: bool) -> Path:
+    """Earlier results are not replaced."""
     if output is None:
-        folder = free_folder(Path(), config, overwrite)
-    else:
-        folder = Path(output)
-        if holds_results(folder) and not overwrite:
-            unfinished = f"--resume {folder} goes on with it, " if holds_checkpoints(folder) else ""
-            raise FileExistsError(
-                f"{folder} holds the results of a run; {unfinished}--overwrite replaces them"
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    trial = folder / ".esd-fast-writable"
-    trial.write_text("")
-    trial.unlink()
+        return free_folder(Path(), config, overwrite)
+    folder = Path(output)
+    if holds_results(folder) and not overwrite:
+        unfinished = f"--resume {folder} goes on with it, " if holds_checkpoints(folder) else ""
+        raise FileExistsError(
+            f"{folder} holds the results of a run; {unfinished}--overwrite replaces them"
+        )
     return folder
 
 
@@ -287,13 +301,11 @@ def holds_checkpoints(folder: Path) -> bool:
 
 def columns_of(asked: int | None, model: Model) -> int:
     if asked is not None:
-        if asked < 0:
-            raise ValueError(f"--pictures is {asked}; it must be 0 or more")
         return asked
     if model.source == "embedded":
         return COLUMNS_EMBEDDED
     if model.device.type == "cpu":
-        print("no pictures on the CPU unless asked for: --pictures 2 draws them", file=sys.stderr)
+        tell("no pictures on the CPU unless asked for: --pictures 2 draws them", sys.stderr)
         return 0
     return COLUMNS_GPU
 

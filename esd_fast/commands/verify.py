@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from esd_fast.config import EraseConfig, refuse
 from esd_fast.pages import keep_pages
 from esd_fast.prompts import clean_prompt
+from esd_fast.terminal import tell
 
 from .console import Bars, quiet_libraries
-from .drawing import check_drawing, drawing_settings, place_of
+from .drawing import check_drawing, check_images, drawing_settings, place_of
 
 if TYPE_CHECKING:
     from esd_fast.evaluation.verification import Verification
@@ -59,7 +60,7 @@ def verify(arguments: argparse.Namespace) -> int:
         )
         bars.close()
     told = as_dict(arguments, manifest, found)
-    print(json.dumps(told, indent=1) if arguments.json else as_text(told))
+    tell(json.dumps(told, indent=1) if arguments.json else as_text(told))
     return 0 if found.fine else 1
 
 
@@ -69,6 +70,8 @@ def checked(arguments: argparse.Namespace) -> EraseConfig:
         raise FileNotFoundError(f"erasure {arguments.file!r} does not exist")
     if arguments.images is not None and arguments.images < 0:
         refuse("--images", arguments.images, "a whole number from 0 (no pictures)")
+    if arguments.images:
+        check_images(arguments)
     check_drawing(arguments)
     return place_of(arguments)
 

@@ -190,13 +190,18 @@ def first_vectors(
         if initializer is None:
             vector = weight.float().mean(0)
         else:
-            tokenizer = getattr(pipeline, TOKENIZER_OF[name])
-            tokens = tokenizer(initializer, add_special_tokens=False).input_ids
-            if len(tokens) != 1:
-                refuse("initializer", initializer, "one token, such as 'object'")
-            vector = weight[tokens[0]].float()
+            vector = weight[one_token(pipeline, name, initializer)].float()
         vectors[name] = vector.to(device, copy=True).requires_grad_()
     return vectors
+
+
+def one_token(pipeline: Any, encoder: str, word: str) -> int:
+    """Its number for the text encoder of that name. Raises ValueError where it is of several."""
+    tokenizer = getattr(pipeline, TOKENIZER_OF[encoder])
+    tokens = tokenizer(word, add_special_tokens=False).input_ids
+    if len(tokens) != 1:
+        refuse("initializer", word, "one token, such as 'object'")
+    return int(tokens[0])
 
 
 @contextmanager

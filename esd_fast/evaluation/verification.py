@@ -17,7 +17,7 @@ from esd_fast.erasure import Erasure, fingerprint, unet_of
 from esd_fast.export.merge import was_trained_on
 from esd_fast.generate import Shot, pictures
 from esd_fast.moves import moves_of, together
-from esd_fast.parameters import plain_parameters, trainable_names
+from esd_fast.parameters import METHODS, canonical_method, plain_parameters, trainable_names
 
 from .key_kinds import what_it_is_for
 from .recognition import Question, erased_questions, judged
@@ -196,6 +196,8 @@ def check_keys(
 def check_whole(found: Verification, erasure: Erasure, model: Model) -> None:
     """Whether the file has all that its method trains; a file of others may not name one."""
     method = erasure.manifest.get("method")
+    if canonical_method(str(method)) not in METHODS:  # an expression of a stranger's is not run
+        return
     try:
         expected = trainable_names(unet_of(model.pipeline), str(method), model.family.name)
     except ValueError:  # "merged", "unknown", or a method of another program

@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from esd_fast.config import check_count, check_number, refuse
 from esd_fast.files import check_target
 
 if TYPE_CHECKING:
@@ -66,12 +67,18 @@ def export(
     several = list(erasures) if isinstance(erasures, Sequence) else [erasures]
     path = checked_target(target, format, overwrite)
     check_lora(format, rank, energy, dtype)
+    check_number("strength", strength)
     base = open_base(model_of(several, model), several[0] if several else None, allow_pickle)
     if format in ("single-file", "diffusers"):
         check_no_adapters(base.pipeline)
     base = trained_side(base, several)
     if base.folder is not None and base.folder.resolve() in path.resolve().parents:
         raise ValueError(f"{path} lies in the model's own folder; name another place")
+    if model_config is not None and (format != "diffusers" or base.file is None):
+        raise ValueError(
+            f"model_config is {model_config!r}; only a folder that is made of a single file has a "
+            "use for it"
+        )
     merged = merge(several, base, strength, allow_other_base)
     notes = list(merged.notes)
     report = None
@@ -92,7 +99,7 @@ def export(
 
 
 def checked_target(target: str | os.PathLike[str], format: str, overwrite: bool) -> Path:
-    if format not in FORMATS:
+    if format not in [*FORMATS]:
         raise ValueError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}")
     path = Path(target)
     if format != "diffusers" and path.suffix != ".safetensors":
@@ -102,8 +109,6 @@ def checked_target(target: str | os.PathLike[str], format: str, overwrite: bool)
 
 
 def check_lora(format: str, rank: int | None, energy: float | None, dtype: str) -> None:
-    from esd_fast.config import check_count, check_number, refuse
-
     if format not in ("lora", "kohya") and (rank is not None or energy is not None):
         raise ValueError(f"rank and energy are a LoRA's; format is {format!r}")
     if rank is not None and energy is not None:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from esd_fast.erasure import check_match, fingerprint
+from esd_fast.config import check_number
+from esd_fast.erasure import check_match, check_values, fingerprint
 
 if TYPE_CHECKING:
     import torch
@@ -45,12 +46,9 @@ def merge(
     move is counted from there. Raises ValueError where one does not fit the UNet, is given twice,
     or (unless `allow_other_base`) was trained on other weights.
     """
-    import math
-
     if not erasures:
         raise ValueError("erasures is empty; give at least one")
-    if not math.isfinite(strength):
-        raise ValueError(f"strength is {strength!r}; it must be finite: 0 original, 1 erased")
+    check_number("strength", strength)
     original: dict[str, torch.Tensor] = {}
     state: dict[str, torch.Tensor] = {}
     notes: list[str] = []
@@ -58,6 +56,7 @@ def merge(
         for earlier in erasures[:number]:
             check_different(earlier, erasure)
         check_match(erasure.tensors, base.unet)
+        check_values(erasure.tensors)
         new = [n for n in erasure.tensors if n not in original]
         original |= {n: base.unet[n].read() for n in new}
         ground = ground_of(erasure, original, state, base, allow_other_base, notes)

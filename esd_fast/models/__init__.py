@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from esd_fast import processor
+from esd_fast.config import refuse
 from esd_fast.demo import is_embedded, model_path
 from esd_fast.live import check_workable
 
@@ -96,7 +97,9 @@ def source_of(pipeline: Any) -> str:
 
 
 def check_source(source: str) -> None:
-    """A path that leads nowhere is no hub id. Raises FileNotFoundError."""
+    """A path that leads nowhere is no hub id. Raises FileNotFoundError; ValueError for no path."""
+    if not source.strip() or "\0" in source:
+        refuse("model", source, "a folder, a checkpoint file or a hub id")
     path = Path(source)
     if path.exists():
         return
