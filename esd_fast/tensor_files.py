@@ -140,7 +140,10 @@ def read_pickled(path: Path, allow_pickle: bool = False) -> dict[str, torch.Tens
     from .models.checkpoint import unpickled
 
     content = unpickled(path, allow_pickle)
-    found = dict(leaves(content))
+    try:
+        found = dict(leaves(content))
+    except RecursionError:
+        raise ValueError(f"{path} is damaged: its tables hold each other without end") from None
     inner = "state_dict."
     if any(name.startswith(inner) for name in found):
         found = {n.removeprefix(inner): t for n, t in found.items() if n.startswith(inner)}

@@ -54,7 +54,7 @@ def train(arguments: argparse.Namespace) -> int:
     folder = results_folder(arguments.output, config, arguments.overwrite or resume is not None)
     check_outside(folder, arguments.model)
     with output_folder(folder):  # shown to be writable before any training
-        return train_into(*(folder, delta, arguments, config, resume, repeated, stored, started))
+        return train_into(folder, delta, arguments, config, resume, repeated, stored, started)
 
 
 def train_into(

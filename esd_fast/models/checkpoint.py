@@ -14,6 +14,7 @@ import torch
 
 from esd_fast.tensor_files import check_sides
 
+DEEPEST = 4  # tables named state_dict in each other
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -41,8 +42,9 @@ def open_checkpoint(path: Path, allow_pickle: bool) -> Checkpoint:
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path} is no checkpoint; it must be one of {', '.join(SUFFIXES)}")
     content = unpickled(path, allow_pickle)
-    while isinstance(content, Mapping) and "state_dict" in content:
-        content = content["state_dict"]
+    for _ in range(DEEPEST):  # a table may hold itself
+        if isinstance(content, Mapping) and "state_dict" in content:
+            content = content["state_dict"]
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, no table of tensors")  # noqa: TRY004
     loaded = {str(n): t for n, t in content.items() if isinstance(t, torch.Tensor)}
@@ -65,8 +67,8 @@ def open_safetensors(path: Path) -> Checkpoint:
 
 
 def unpickled(path: Path, allow_pickle: bool) -> Any:
-    zipped = zipfile.is_zipfile(path)  # the older format cannot be mapped
     try:
+        zipped = zipfile.is_zipfile(path)  # the older format cannot be mapped
         return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
     except pickle.UnpicklingError as error:
         refused = refused_object(error)

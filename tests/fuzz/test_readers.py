@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from .readers import READERS, read, seeds, state_text, whole_checkpoint
+from .readers import READERS, read, seeds, state_text, torch_file, whole_checkpoint
 
 MUTANTS = 30
 
@@ -83,6 +83,19 @@ FOUND: dict[str, bytes] = {
 @pytest.mark.parametrize("name", [n for n, (suffix, _) in READERS.items() if suffix != ".txt"])
 def test_what_fuzzers_found(name: str, what: str, tmp_path: Path) -> None:
     read(name, FOUND[what], tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pickled-delta", "pickled-single-file"])
+def test_tables_that_hold_themselves(name: str, tmp_path: Path) -> None:
+    table: dict[str, Any] = {"a": 1}
+    table["state_dict"] = table
+    assert read(name, torch_file(table, tmp_path, zipped=True), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pickled-delta", "pickled-single-file"])
+def test_an_archive_of_several_disks(name: str, tmp_path: Path) -> None:
+    locator = b"PK\x06\x07" + (1).to_bytes(4, "little") + bytes(8) + (2).to_bytes(4, "little")
+    assert read(name, bytes(64) + locator + b"PK\x05\x06" + bytes(18), tmp_path)
 
 
 @pytest.mark.parametrize(
