@@ -95,6 +95,16 @@ def erase(
     by side. On the CPU the same seed gives the same bits on the same machine with the same versions
     and the same `torch.get_num_threads()` (what depends on that number: repeating.py).
     """
+    given: dict[str, object] = {"checkpoints": checkpoints, "resume": resume}
+    if not isinstance(samples, StoredSamples):
+        given["samples"] = samples
+    for name, value in given.items():
+        if value is not None and not (isinstance(value, (str, os.PathLike)) and str(value)):
+            refuse(name, value, "a file" if name == "samples" else "a folder")
+    given = {"on_progress": on_progress, "on_step": on_step}
+    for name, value in given.items():
+        if value is not None and not callable(value):
+            refuse(name, value, "a function")
     stored = None
     if samples in CHOICES["samples"]:
         settings["samples"] = samples
@@ -105,14 +115,6 @@ def erase(
     config = EraseConfig.from_preset(preset or "fast", concept, model, **settings)
     if stored:
         stored.check_settings(config)
-    given: dict[str, object] = {"checkpoints": checkpoints, "resume": resume}
-    for name, value in given.items():
-        if value is not None and not (isinstance(value, (str, os.PathLike)) and str(value)):
-            refuse(name, value, "a folder")
-    given = {"on_progress": on_progress, "on_step": on_step}
-    for name, value in given.items():
-        if value is not None and not callable(value):
-            refuse(name, value, "a function")
     state = None if resume is None else newest_state(resume)
     if resume is not None and checkpoints is None:
         checkpoints = resume if Path(resume).is_dir() else Path(resume).parent

@@ -8,6 +8,7 @@ from pathlib import Path
 from esd_fast.files import check_target
 from esd_fast.pages import keep_pages
 from esd_fast.prompts import file_part, safe_name
+from esd_fast.terminal import tell
 
 from .console import Bars, quiet_libraries
 from .train import config_of
@@ -34,16 +35,16 @@ def collect(arguments: argparse.Namespace) -> int:
 
     bars = Bars()
 
-    def tell(progress: Progress) -> None:
+    def show(progress: Progress) -> None:
         bars.show(progress.phase, progress.done, progress.total)
 
     try:
-        stored = collecting.collect(load_model(arguments.model, config), config, on_progress=tell)
+        stored = collecting.collect(load_model(arguments.model, config), config, on_progress=show)
     finally:
         bars.close()
     stored.save(target)
     kept = f", {stored.preserved} of them of what is preserved" if stored.preserved else ""
-    print(
+    tell(
         f"{len(stored)} samples{kept}: {stored.unet_passes} UNet passes, {stored.seconds:.1f} s\n"
         f"  esd-fast train --samples {target} takes them"
     )
