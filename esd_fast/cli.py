@@ -80,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     add_diff(commands)
     add_info(commands)
     add_plan(commands)
+    add_app(commands)
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return top
@@ -687,6 +688,40 @@ def add_plan(commands: Any) -> None:
     say("--optimizer", choices=CHOICES["optimizer"], default="adam", help="default: adam")
     say("--vram", metavar="SIZE", help="of the card, such as 8GB")
     say("--json", action="store_true", help="as JSON, in bytes")
+
+
+def add_app(commands: Any) -> None:
+    app = commands.add_parser(
+        "app",
+        help="the web app: erase, try, library",
+        description="Serve the web app (extra `app`). Results, models that you put there and what "
+        "is uploaded lie in the work folder; nothing else of this machine is shown or reached.",
+    )
+    app.set_defaults(run=lazily("app"))
+    say = app.add_argument
+    say("--work", metavar="FOLDER", default="esd-fast-app", help="default: esd-fast-app")
+    say("--host", default="127.0.0.1", metavar="ADDRESS", help="default: 127.0.0.1, this machine")
+    say("--port", type=int, default=7860, metavar="N", help="0: any free one (default: 7860)")
+    say("--password-file", metavar="FILE", help="with a password, needed to listen elsewhere")
+    say(
+        "--password",
+        metavar="TEXT",
+        help="the same, but everybody on the machine can read it there; or ESD_FAST_PASSWORD",
+    )
+    say(
+        "--model",
+        action="append",
+        metavar="MODEL",
+        help="to be offered: a diffusers folder, checkpoint file or hub id; repeatable (others: "
+        "what lies in WORK/models)",
+    )
+    say("--max-upload", default="512MB", metavar="SIZE", help="of one file (default: 512MB)")
+    say(
+        "--shared-library",
+        action="store_true",
+        help="every browser sees all erasures (default: its own, and what you put there)",
+    )
+    say("--device", default="auto", metavar="DEVICE")
 
 
 def lazily(module: str, name: str = "") -> Callable[[argparse.Namespace], int]:

@@ -196,8 +196,8 @@ def run(
     )
     paths = {"scheduler": teacher.scheduler_path(plan.erased)}
     rest = plan.after(*stored.there_of(plan)) if stored else plan
-    collecting = passes_of(config, teacher, rest)
-    spared = passes_of(config, teacher, plan) - collecting
+    collecting = passes_of(config, len(teacher.asked), rest)
+    spared = passes_of(config, len(teacher.asked), plan) - collecting
     samples_file = stored.noted(plan, spared) if stored else {}
     noted = Noted(
         *(
@@ -234,7 +234,7 @@ def run(
             taken = len(fitter.losses)
             if resume:
                 done = plan if samples is not None else Plan(plan.erased[:taken])
-                made = passes_of(config, teacher, done)
+                made = passes_of(config, len(teacher.asked), done)
                 if samples is not None:
                     made -= samples_file.get("unet_passes_spared", 0)
                 meter.resumed(made, taken, config)
@@ -411,9 +411,8 @@ def weights_of(
     return torch.tensor(said, dtype=torch.float32, device=device)
 
 
-def passes_of(config: EraseConfig, teacher: Teacher, plan: Plan) -> int:
-    """UNet passes that collecting will take."""
-    asked = len(teacher.asked)
+def passes_of(config: EraseConfig, asked: int, plan: Plan) -> int:
+    """UNet passes that collecting will take, with `asked` prompts at each of a sample's states."""
     if config.samples == "all":
         preserved = sum(len(r.noise) * r.steps for r in plan.preserved)
         return preserved + sum(len(r.noise) * r.steps * asked for r in plan.erased)
@@ -453,11 +452,15 @@ class Meter:
 
     def collected(self, passes: int) -> None:
         self.count("collect", passes)
-        self.tell(Progress("collect", self.passes["collect"], self.collect_total))
+        self.told(Progress("collect", self.passes["collect"], self.collect_total))
 
     def fitted(self, step: FitStep, config: EraseConfig) -> None:
         self.count("fit", 2 * len(step.samples))  # forward and backward
-        self.tell(Progress("fit", step.iteration + 1, config.iterations, step.loss))
+        self.told(Progress("fit", step.iteration + 1, config.iterations, step.loss))
+
+    def told(self, progress: Progress) -> None:
+        self.tell(progress)
+        self.last = time.perf_counter()  # the watcher's time is not the run's: it may draw
 
     def count(self, phase: str, passes: int) -> None:
         now = time.perf_counter()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -46,25 +47,19 @@ class Proof:
         return grid + [q.shot for q in (*self.erased, *self.kept)]
 
     def draw(self, pipeline: Any, on_progress: Callable[[int, int], None]) -> list[np.ndarray]:
-        home = pipeline.unet.device
         if not self.shots:
             return []
-        places = {n: c.device for n, c in parts_to_place(pipeline).items()}
-        for part in parts_to_place(pipeline).values():
-            part.to(home)
-        drawn = list(
-            pictures(
-                pipeline,
-                self.shots,
-                guidance_scale=self.guidance_scale,
-                resolution=self.resolution,
-                batch_size=self.batch_size,
-                on_progress=on_progress,
+        with at_home(pipeline):
+            return list(
+                pictures(
+                    pipeline,
+                    self.shots,
+                    guidance_scale=self.guidance_scale,
+                    resolution=self.resolution,
+                    batch_size=self.batch_size,
+                    on_progress=on_progress,
+                )
             )
-        )
-        for name, place in places.items():
-            getattr(pipeline, name).to(place)
-        return drawn
 
     def rows(self, before: list[np.ndarray], after: list[np.ndarray]) -> list[GridRow]:
         return [
@@ -130,6 +125,20 @@ def by_concept(
         rows = [i for i, q in enumerate(questions) if q.concept == concept]
         table[concept] = before_after([was[i] for i in rows], [now[i] for i in rows])
     return table
+
+
+@contextmanager
+def at_home(pipeline: Any) -> Iterator[None]:
+    """Within: what drawing needs is on the UNet's device; after: where it was."""
+    home = pipeline.unet.device
+    places = {n: c.device for n, c in parts_to_place(pipeline).items()}
+    try:
+        for part in parts_to_place(pipeline).values():
+            part.to(home)
+        yield
+    finally:
+        for name, place in places.items():
+            getattr(pipeline, name).to(place)
 
 
 def parts_to_place(pipeline: Any) -> dict[str, Any]:
