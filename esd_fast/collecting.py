@@ -68,7 +68,7 @@ def collect(
     decisive = decisive_of(model, config)  # before any weight is put away
     graphs = graphs or RunGraphs.of(config.cuda_graphs, model.unet, config.optimizer)
     prepared = prepare(model, config, graphs)
-    passes = passes_of(config, prepared.teacher, prepared.plan)
+    passes = passes_of(config, len(prepared.teacher.asked), prepared.plan)
     meter = Meter(on_progress or (lambda _: None), passes)
     every = plain_parameters(model.unet)
     # the UNet as training with this method would have it: the same bits

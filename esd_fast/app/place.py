@@ -59,9 +59,11 @@ class Place:
 
     def told(self, error: Exception) -> str:
         """An error in one line that names no place of this machine."""
-        from esd_fast.cli import one_line
+        from esd_fast.terminal import one_line
 
-        return hide_paths(one_line(error), self.offered.paths())
+        known = isinstance(error, (ValueError, OSError, RuntimeError)) and str(error).strip()
+        text = str(error) if known else f"{type(error).__name__}: {error}"
+        return hide_paths(one_line(text), self.offered.paths())
 
 
 def preload() -> None:
