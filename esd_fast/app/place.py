@@ -59,11 +59,9 @@ class Place:
 
     def told(self, error: Exception) -> str:
         """An error in one line that names no place of this machine."""
-        from esd_fast.terminal import one_line
+        from esd_fast.cli import told
 
-        known = isinstance(error, (ValueError, OSError, RuntimeError)) and str(error).strip()
-        text = str(error) if known else f"{type(error).__name__}: {error}"
-        return hide_paths(one_line(text), self.offered.paths())
+        return hide_paths(told(error), self.offered.paths())
 
 
 def preload() -> None:

@@ -1,7 +1,6 @@
 """Erasures on disk: whose they are, what of others' files is taken, what is handed out."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -146,7 +145,7 @@ def test_damaged_and_pickled_files_are_refused(library, erased, tmp_path):
 
 def test_what_a_file_says_is_not_trusted(library, erased, tmp_path):
     """Its manifest may hold anything: it is cut, never a path, and never a model that is loaded."""
-    told = {"concept": "x" * 5000 + "\n<b>", "model": "/etc/passwd", "method": ["a"] * 500}
+    told = {"concept": "x" * 5000 + "\n<b>", "model": "/etc/passwd", "method": "a" * 500}
     said = esd_fast.Erasure(erased.tensors, erased.manifest | told)
     file = said.save(tmp_path / "odd.safetensors")
     entry = library.bring(file, "odd.safetensors", "me")
@@ -155,12 +154,7 @@ def test_what_a_file_says_is_not_trusted(library, erased, tmp_path):
     assert entry.model == "passwd"
     with pytest.raises(ValueError, match="model is 'passwd'"):
         library.download(entry, "lora")
-    for manifest in ("[]", "{", json.dumps({"concept": {"a": 1}, "losses": "no"})):
+    for manifest in ("[]", "{", json.dumps({"concept": {"a": 1}})):
         save_file(dict(erased.tensors), file, metadata={"esd_fast_manifest": manifest})
-        shutil.rmtree(library.folder)
-        library.folder.mkdir()
-        if manifest.startswith('{"'):
-            assert library.bring(file, "odd.safetensors", "me").steps is None
-        else:
-            with pytest.raises(ValueError, match="damaged"):
-                library.bring(file, "odd.safetensors", "me")
+        with pytest.raises(ValueError, match="damaged"):
+            library.bring(file, "odd.safetensors", "me")
