@@ -21,6 +21,7 @@ from esd_fast import prompt_list, repeating, run_state
 from esd_fast.config import Loading
 from esd_fast.export import base, compare
 from esd_fast.models.single_file import look_at_file
+from esd_fast.stored_samples import checksum_of
 from esd_fast.tensor_files import Lazy
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -39,7 +40,7 @@ def read_state(file: Path) -> None:
     tensors = {"masters.a": Lazy.of(torch.ones(2))}
     metadata = {
         run_state.STATE_KEY: text,
-        run_state.CHECKSUM_KEY: run_state.checksum(text, tensors),
+        run_state.CHECKSUM_KEY: checksum_of(text, tensors),
     }
     whole = file.with_suffix(".safetensors")
     whole.write_bytes(save({n: t.read() for n, t in tensors.items()}, metadata))
@@ -173,7 +174,7 @@ def state_text() -> str:
 def whole_checkpoint(text: str) -> bytes:
     tensors = {"masters.a": torch.ones(2), "samples.latents": torch.ones(1, 4, 2, 2)}
     lazy = {n: Lazy.of(t) for n, t in tensors.items()}
-    check = run_state.checksum(text, lazy)
+    check = checksum_of(text, lazy)
     return save(tensors, {run_state.STATE_KEY: text, run_state.CHECKSUM_KEY: check})
 
 
