@@ -680,6 +680,7 @@ def add_plan(commands: Any) -> None:
     say("--batch-size", type=int, default=1, metavar="N", help="samples a step (default: 1)")
     say(
         "--preserve",
+        type=words,
         action="append",
         metavar="PROMPT",
         help="as in train: a step then holds twice as many samples, whatever the prompts",
