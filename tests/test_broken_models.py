@@ -59,7 +59,9 @@ def call(
     def run(*line: str) -> tuple[int, str, str]:
         code = main([*line])
         said = capsys.readouterr()
-        lines = re.split(r"([\n\r])", said.err)  # a pattern for a whole line takes squares of a long one
+        lines = re.split(
+            r"([\n\r])", said.err
+        )  # a pattern for a whole line takes squares of a long one
         return code, said.out, "".join(x for x in lines if "%|" not in x).strip("\r\n")
 
     return run

@@ -287,12 +287,23 @@ def test_cuda_is_asked_as_pytorch_documents_it(monkeypatch: pytest.MonkeyPatch) 
                 raise RuntimeError("invalidated")
             current[0] = self.before
 
+    class Generator:
+        """The device's own, which a failed capture leaves unusable."""
+
+        def clone_state(self) -> str:
+            return "before"
+
+        def graphsafe_set_state(self, state: str) -> None:
+            told.append(f"random numbers as {state}")
+
     signature = inspect.signature(torch.cuda.graph.__init__)
     card = torch.device("cuda", 1)
     monkeypatch.setattr(torch.cuda, "Stream", lambda _: Stream(name="side"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream(name=current[0]))
     monkeypatch.setattr(torch.cuda, "stream", stream_that_restores(current))
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "default_generators", (None, Generator()))
     monkeypatch.setattr(torch.cuda, "graph", Capturing)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
@@ -310,6 +321,7 @@ def test_cuda_is_asked_as_pytorch_documents_it(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(RuntimeError, match="invalidated"):
         capture.record(lambda: 1 / 0)
     assert current == ["main"]
+    assert told[-2:] == ["end", "random numbers as before"]
 
 
 def stream_that_restores(current: list[str]) -> Any:
