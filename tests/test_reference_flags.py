@@ -157,7 +157,9 @@ def test_concepts_of_a_file(tmp_path: Path) -> None:
 def test_one_concept_is_named(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parser().parse_args(["train", *shlex.split(line)])
-    assert "--prompt" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "not allowed with argument --concept/--erase_concept" in said
+    assert said.count("\n") == 1
 
 
 def test_a_concept_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -176,7 +176,7 @@ def test_options_that_do_not_go_with_it(
         ({"config": []}, "holds no settings of a run"),
         ({"config": {"concept": "cat", "colour": 1}}, "config is of another version"),
         ({"config": {"concept": "cat", "iterations": "many"}}, "iterations is 'many'"),
-        ({"config": {"concept": "cat", "preset": []}}, "config is of another version"),
+        ({"config": {"concept": "cat", "preset": []}}, "preset is []"),
         ({"given": ["words"]}, "was given words in Python"),
         ({"extra_concepts": 2}, "was given extra in Python"),
         ({"hardening": {"rounds": "two"}}, "rounds is 'two'"),

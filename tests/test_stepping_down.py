@@ -71,7 +71,7 @@ def test_a_stop_says_what_would_fit(monkeypatch: Any, settings: dict[str, Any]) 
         with pytest.raises(torch.OutOfMemoryError) as stopped:
             erase(pipe, **settings)
     assert sum("memory ran out" in str(w.message) for w in told) == (0 if settings else 1)
-    said = one_line(stopped.value)
+    said = one_line(str(stopped.value))
     assert said == str(stopped.value)
     assert "about 3.0 GiB is the least that this takes, with batch_size 1 2.0 GiB;" in said
     assert_same_weights(pipe, before)
