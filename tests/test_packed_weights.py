@@ -362,15 +362,19 @@ def test_an_erasure_is_the_same(preset: str, monkeypatch: pytest.MonkeyPatch) ->
         return esd_fast.erase(pipe, "cat", **settings), pipe
 
     plain, start = erased()[0], pipelines.weights(pipelines.pipeline())
-    moved = erased(torch.channels_last)[0]  # torch itself, summing in another order
+    # torch itself, summing in other orders
+    moved = erased(torch.channels_last)[0]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if threads > 1 else 2)
+    split = erased()[0]
+    torch.set_num_threads(threads)
     monkeypatch.setattr(packing, "FEWEST_WEIGHTS", 0)
     monkeypatch.setattr(packing, "FEWEST_PASSES", 0)
     ours, pipe = erased()
     said = ours.manifest["paths_taken"]["packed_weights"]
     assert "convolutions packed" in said
     assert plain.manifest["paths_taken"]["packed_weights"].startswith("no: ")
-    # how far a rounding comes through Adam, which divides by the size of each gradient, differs by processor
-    allowed = max(0.02, 4 * pipelines.worst_move(start, moved.tensors, plain.tensors))
+    allowed = 4 * max(pipelines.worst_move(start, x.tensors, plain.tensors) for x in (moved, split))
     assert pipelines.worst_move(start, ours.tensors, plain.tensors) <= allowed
     ours.revert(pipe)
     pipelines.assert_same_weights(pipe, start)
