@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,6 +151,17 @@ def run_all(
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def shown_or_measured(
+    show: Path | None, measure: Callable[[], Iterable[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """The rows of the file `show`; without one, what `measure` gives."""
+    if show:
+        return read_rows(show)
+    keep_pages()
+    quiet_libraries()
+    return list(measure())
 
 
 def all_tables(rows: list[dict[str, Any]]) -> str:

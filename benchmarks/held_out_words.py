@@ -21,12 +21,10 @@ import erasure_table
 from tqdm import tqdm
 
 import esd_fast
-from esd_fast.commands.console import quiet_libraries
 from esd_fast.demo import world
 from esd_fast.esd import run
 from esd_fast.evaluation.recognition import Question, erased_questions, kept_questions
 from esd_fast.models import load_model
-from esd_fast.pages import keep_pages
 from esd_fast.vocabulary import words_of
 
 FILE = erasure_table.RESULTS / "held_out_words.jsonl"
@@ -100,12 +98,8 @@ def main() -> None:
     parser.add_argument("--file", type=Path, default=FILE)
     parser.add_argument("--show", type=Path, help="a file of rows: nothing is run")
     arguments = parser.parse_args()
-    if arguments.show:
-        rows = erasure_table.read_rows(arguments.show)
-    else:
-        keep_pages()
-        quiet_libraries()
-        rows = list(measure(arguments.seed))
+    rows = erasure_table.shown_or_measured(arguments.show, lambda: measure(arguments.seed))
+    if not arguments.show:
         arguments.file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     print(table(rows))
 

@@ -21,13 +21,11 @@ import erasure_table
 from tqdm import tqdm
 
 import esd_fast
-from esd_fast.commands.console import quiet_libraries
 from esd_fast.demo import world
 from esd_fast.esd import run
 from esd_fast.evaluation.recognition import Question, erased_questions, kept_questions
 from esd_fast.generate import Shot
 from esd_fast.models import load_model
-from esd_fast.pages import keep_pages
 
 FILE = erasure_table.RESULTS / "synonyms.jsonl"
 # the model draws the synonym of each of these as often as the word, or nearly
@@ -145,12 +143,9 @@ def main() -> None:
     parser.add_argument("--file", type=Path, default=FILE)
     parser.add_argument("--show", type=Path, help="a file of rows: nothing is run")
     arguments = parser.parse_args()
-    if arguments.show:
-        rows = erasure_table.read_rows(arguments.show)
-    else:
-        keep_pages()
-        quiet_libraries()
-        rows = run_all(arguments.concepts, arguments.seeds, arguments.file)
+    rows = erasure_table.shown_or_measured(
+        arguments.show, lambda: run_all(arguments.concepts, arguments.seeds, arguments.file)
+    )
     print(table(rows), by_concept(rows), sep="\n\n")
 
 
