@@ -21,7 +21,7 @@ GOLDEN = Path(__file__).parent / "golden"
 def esd_fast(*arguments, cwd=None, check=True):
     code = "import sys; from esd_fast.cli import main; sys.exit(main())"
     done = subprocess.run(  # noqa: PLW1510
-        [sys.executable, "-c", code, *map(str, arguments)],
+        [sys.executable, "-P", "-c", code, *map(str, arguments)],
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -45,7 +45,7 @@ def test_help_of_every_command_imports_nothing_heavy():
     for command in ([], ["app"], *([name] for name in names)):
         arguments = [*command, "--help"]
         done = subprocess.run(  # noqa: PLW1510
-            [sys.executable, "-c", code, *arguments],
+            [sys.executable, "-P", "-c", code, *arguments],
             capture_output=True,
             text=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
@@ -158,7 +158,7 @@ def test_generate_goes_on_after_a_kill(tmp_path):
     folder = tmp_path / "out" / "base"
     code = "import sys; from esd_fast.cli import main; sys.exit(main())"
     started = subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
+        [sys.executable, "-P", "-c", code, *map(str, arguments)],
         stderr=subprocess.DEVNULL,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
     )

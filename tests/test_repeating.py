@@ -40,7 +40,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     code = "import sys, torch; torch.set_num_threads(1); from esd_fast.cli import main; sys.exit(main())"
     model = ["--model", str(GOLDEN / "sd-ddim"), "--output", str(folder)]
     subprocess.run(
-        [sys.executable, "-c", code, "train", *SETTINGS, *model],
+        [sys.executable, "-P", "-c", code, "train", *SETTINGS, *model],
         check=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
     )

@@ -73,7 +73,7 @@ def row_of(contestant: str, job: Job, measured: dict[str, Any]) -> Row:
 
 def command_line(job: Job, output: Path) -> dict[str, Any]:
     """`esd-fast train` as a user starts it; `seconds` are those of collect and fit."""
-    command = [sys.executable, "-m", "esd_fast.cli", "train", "--concept", "a red bicycle"]
+    command = [sys.executable, "-P", "-m", "esd_fast.cli", "train", "--concept", "a red bicycle"]
     command += ["--model", job.folder, "--output", str(output), "--device", job.device]
     command += ["--dtype", "bfloat16", "--resolution", str(job.size.resolution), "--pictures", "0"]
     command += [

@@ -38,7 +38,7 @@ def started(work: Path, *arguments: str, **variables: str) -> tuple[subprocess.P
         "from esd_fast.cli import main; sys.exit(main())"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code, "app", "--work", str(work), "--port", "0", *arguments],
+        [sys.executable, "-P", "-c", code, "app", "--work", str(work), "--port", "0", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

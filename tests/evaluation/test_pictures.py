@@ -337,4 +337,4 @@ def test_these_modules_load_nothing_heavy():
         "import sys, esd_fast.evaluation.pictures, esd_fast.evaluation.report\n"
         "sys.exit(' '.join({'torch', 'diffusers', 'transformers', 'scipy'} & set(sys.modules)) or 0)"
     )
-    subprocess.run([sys.executable, "-c", script], check=True)
+    subprocess.run([sys.executable, "-P", "-c", script], check=True)
