@@ -101,6 +101,7 @@ def plan_of(
         prompts=2 if config.erase_from is None else 3,
         vae_scale_factor=model.vae_scale_factor,
         optimizer=config.optimizer,
+        clipped=bool(config.max_grad_norm),
         enough=enough,
     )
 

@@ -23,7 +23,7 @@ from .memory_count import FlashOnMeta, LiveBytes, SavedBytes
 from .models.base import Conditioning
 from .models.folder_check import loading
 from .optimizers import OPTIMIZERS, state_bytes
-from .parameters import trainable_names
+from .parameters import PART_BYTES, trainable_names
 
 TOKENS = 77  # of CLIP's text encoders
 MASTER, GRADIENT = 4, 4  # bytes a trained weight, float32
@@ -68,7 +68,7 @@ class MemoryPlan:
     optimizer: int
     """Its state: two moments of every trained weight."""
     gradients: int
-    """Float32, when the optimizer moves the masters."""
+    """Float32, of the masters that the optimizer moves at a time (TrainableSubset.in_parts)."""
     adam_workspace: int
     """What torch's Adam takes on CUDA while it works, were it not fused (a root for each second
     moment, all at once); nothing where it is, nor with 8 bits."""
@@ -112,12 +112,14 @@ def plan_memory(
     vae_scale_factor: int = 8,
     optimizer: str = "adam",
     fused_adam: bool = True,
+    clipped: bool = False,
     enough: int | None = None,
 ) -> MemoryPlan:
     """Count every choice for the UNet of `unet_config`; takes seconds, and a few megabytes.
 
     `prompts`: predicted for a sample while collecting (3 with `erase_from`). `fused_adam`: as
-    make_optimizer has it on CUDA. `enough`: bytes; what is slower than the first choice within
+    make_optimizer has it on CUDA. `clipped`: to a max_grad_norm, which is of all gradients at once.
+    `enough`: bytes; what is slower than the first choice within
     them is not counted. Raises ValueError where the method selects nothing or the resolution does
     not suit.
     """
@@ -131,6 +133,12 @@ def plan_memory(
     weights = every * itemsize
     masters = trained * (itemsize + (0 if dtype == "float32" else MASTER))
     state, gradients = sum(state_bytes(optimizer, sizes[n]) for n in names), trained * GRADIENT
+    parameters_own = trained * itemsize if dtype != "float32" else 0  # there until their turn
+    if parameters_own and not clipped and dtype != "float16":  # nor scaled
+        largest = GRADIENT * max(sizes[n] for n in names)
+        gradients = min(gradients, max(PART_BYTES, largest))
+    else:
+        parameters_own = 0
     adam_workspace = 0 if fused_adam or OPTIMIZERS[optimizer].bits == 8 else gradients
 
     def total(held: int, passing: int) -> int:
@@ -143,7 +151,8 @@ def plan_memory(
     for blocks, lean, step in chain(
         [((), False, plain)], lean_steps(unet, names, side, batch_size)
     ):
-        passing = max(step.peak, gradients + adam_workspace)  # the backward, or Adam at work
+        # the backward, or Adam at work
+        passing = max(step.peak, parameters_own + gradients + adam_workspace)
         choices.append(
             Choice(
                 checkpointed=blocks,

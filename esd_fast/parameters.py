@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -156,6 +156,9 @@ LDM_RULES: dict[str, Callable[[str], bool]] = {
 }
 
 
+PART_BYTES = 32 * 2**20  # of float32 gradients at a time
+
+
 @dataclass
 class TrainableSubset:
     """The parameters in training. Adam moves float32 masters; the UNet computes in its own dtype.
@@ -217,19 +220,35 @@ class TrainableSubset:
         import torch
 
         scaler = scaler or torch.amp.GradScaler(enabled=False)
-        self.gradients_to_masters()
-        if max_grad_norm is not None:
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(self.masters.values(), max_grad_norm)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        self.masters_to_parameters()
+        alone = max_grad_norm is None and not scaler.is_enabled()  # no number of all gradients
+        for names in self.in_parts() if alone else [list(self.parameters)]:
+            self.gradients_to_masters(names)
+            if max_grad_norm is not None:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(self.masters.values(), max_grad_norm)
+            scaler.step(optimizer)  # of those masters that have gradients
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            self.masters_to_parameters(names)
 
-    def gradients_to_masters(self) -> None:
-        """Parameters' gradients, filtered, to those masters that are not parameters themselves."""
+    def in_parts(self) -> list[list[str]]:
+        """All names, in parts of about PART_BYTES of float32: Adam knows no tensor but the one it
+        moves, so gradients need not all be there in float32 at once."""
+        parts: list[list[str]] = [[]]
+        there = 0
         for name, parameter in self.parameters.items():
-            master = self.masters[name]
+            size = 0 if self.masters[name] is parameter else self.masters[name].nbytes
+            if there and there + size > PART_BYTES:
+                parts.append([])
+                there = 0
+            parts[-1].append(name)
+            there += size
+        return parts
+
+    def gradients_to_masters(self, names: Iterable[str]) -> None:
+        """Parameters' gradients, filtered, to those masters that are not parameters themselves."""
+        for name in names:
+            parameter, master = self.parameters[name], self.masters[name]
             if master is not parameter:
                 master.grad = self.master_gradient(name, parameter.grad)
                 parameter.grad = None
@@ -248,12 +267,13 @@ class TrainableSubset:
             return gradient
         return torch.empty_like(master, requires_grad=False).copy_(gradient)
 
-    def masters_to_parameters(self) -> None:
-        """What the masters say, rounded to the UNet's dtype."""
+    def masters_to_parameters(self, names: Iterable[str] | None = None) -> None:
+        """What the masters say (of `names`, or all), rounded to the UNet's dtype."""
         import torch
 
         with torch.no_grad():
-            for name, parameter in self.parameters.items():
+            for name in self.parameters if names is None else names:
+                parameter = self.parameters[name]
                 if self.masters[name] is not parameter:
                     parameter.copy_(self.value(name))
 

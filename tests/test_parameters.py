@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from esd_fast import parameters
 from esd_fast.parameters import (
     ALIASES,
     LDM_RULES,
@@ -172,6 +173,42 @@ def test_masters_see_gradients_at_their_own_size() -> None:
         torch.testing.assert_close(
             before[name] - master, torch.full_like(master, 2e-3), rtol=1e-3, atol=1e-6
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("filtered", [False, True])
+def test_moved_in_parts_is_moved_at_once(
+    dtype: torch.dtype, filtered: bool, monkeypatch: Any
+) -> None:
+    """The same bits, and never more than a part of the gradients in float32."""
+    most, ends = 4096, {}
+    for part_bytes in (2**40, most):
+        monkeypatch.setattr(parameters, "PART_BYTES", part_bytes)
+        unet = pipelines.pipeline(dtype=dtype).unet
+        names = trainable_names(unet, "esd-x")
+        width = unet.config.cross_attention_dim
+        generator = torch.Generator().manual_seed(0)
+        keys = [n for n in names if n.endswith("to_k.weight")] if filtered else []
+        filters = {n: torch.randn(width, width, generator=generator) for n in keys}
+        subset = TrainableSubset.of(unet, names, filters)
+        own = [m for n, m in subset.masters.items() if m is not subset.parameters[n]]
+        optimizer = torch.optim.AdamW(subset.masters.values(), lr=1e-3, fused=True)
+        at_once: list[int] = []
+        optimizer.register_step_pre_hook(
+            lambda *_, own=own, at_once=at_once: at_once.append(
+                sum(m.grad.nbytes for m in own if m.grad is not None)
+            )
+        )
+        for _ in range(3):
+            for parameter in subset.parameters.values():
+                parameter.grad = torch.randn(parameter.shape, generator=generator).to(dtype)
+            subset.step(optimizer)
+        assert max(at_once) <= part_bytes
+        assert all(s["step"] == 3 for s in optimizer.state.values())
+        ends[part_bytes] = {n: p.detach().clone() for n, p in subset.parameters.items()}
+    assert len(at_once) > 3 or not own
+    whole, parts = ends.values()
+    assert all(torch.equal(parts[n], whole[n]) for n in whole)
 
 
 def test_teacher_swaps_there_and_back() -> None:

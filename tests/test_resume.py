@@ -448,10 +448,10 @@ def test_a_signal_within_an_update_waits_for_its_end(
     """Masters moved, weights and losses not yet: such a state would be neither step's."""
     whole, calls = TrainableSubset.masters_to_parameters, iter(range(100))
 
-    def stop(subset: TrainableSubset) -> None:
+    def stop(subset: TrainableSubset, names: Any = None) -> None:
         if next(calls) == 2:
             os.kill(os.getpid(), number)
-        whole(subset)
+        whole(subset, names)
 
     truth = straight()
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
