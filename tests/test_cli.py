@@ -1,10 +1,13 @@
-"""The command line as a person uses it: in a process of its own."""
+"""The command line as a person uses it."""
 
+import contextlib
+import io
 import json
 import os
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -13,21 +16,21 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 
+from esd_fast.cli import main
 from esd_fast.demo import model_path
 
 GOLDEN = Path(__file__).parent / "golden"
 
 
-def esd_fast(*arguments, cwd=None, check=True):
-    code = "import sys; from esd_fast.cli import main; sys.exit(main())"
-    done = subprocess.run(  # noqa: PLW1510
-        [sys.executable, "-P", "-c", code, *map(str, arguments)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-    )
+def esd_fast(*arguments, cwd=".", check=True):
+    """The command line, in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(cwd), redirect_stdout(out), redirect_stderr(err):
+        try:
+            code = main([*map(str, arguments)])
+        except SystemExit as left:
+            code = left.code or 0
+    done = subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
     if check:
         assert done.returncode == 0, done.stderr
     return done

@@ -149,9 +149,12 @@ def test_reference_scales_the_inputs_of_euler() -> None:
     assert reference(pipe, settings).losses == pytest.approx(truth.losses, rel=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("erase_from", [None, "a fish"])
 @pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize(
+    ("erase_from", "dtype"),
+    [(None, torch.float32), ("a fish", torch.bfloat16)],
+    ids=["float32", "another start-bfloat16"],
+)
 def test_passes_are_counted_and_the_rest_is_left_alone(
     name: str, erase_from: str | None, dtype: torch.dtype
 ) -> None:

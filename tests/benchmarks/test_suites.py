@@ -99,6 +99,7 @@ def test_a_forced_way_is_forced_for_the_call_alone():
         kernels.through("fast", skipped)
 
 
+@pytest.mark.slow
 def test_kernels_quick():
     rows = list(kernels.run(QUICK))
     sane(rows)
@@ -233,6 +234,7 @@ def test_full_size_is_the_published_size(family, pixels, parameters, trained, pr
         assert recorder.flops / 2 == pytest.approx(products, rel=2e-3)
 
 
+@pytest.mark.slow
 def test_step_quick():
     rows = list(step.run(QUICK))
     sane(rows)

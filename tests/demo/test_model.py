@@ -55,6 +55,7 @@ def test_latents_are_normalised(pipeline):
     assert latents.std((0, 2, 3)).max() < 1.3
 
 
+@pytest.mark.slow
 def test_judges_recognise_what_is_asked_for(pipeline):
     """A small sample of what `python -m esd_fast.demo.build` accepts on 1,024 pictures."""
     asked = [q for o in list(world.OBJECTS)[::4] for q in erased_questions(o, 3)]

@@ -1,5 +1,7 @@
 """Scores and zero-shot answers against one plain call of transformers' CLIPModel for each pair."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -27,15 +29,18 @@ def pictures():
     return [np.asarray(Image.fromarray(p).resize((64, 48), Image.Resampling.NEAREST)) for p in low]
 
 
+@functools.cache
+def loaded(folder):
+    parts = (CLIPModel, CLIPTokenizer, CLIPImageProcessorPil)
+    model, tokenizer, processor = (part.from_pretrained(folder) for part in parts)
+    return model.eval(), tokenizer, processor
+
+
 @torch.no_grad()
 def cosine(folder, picture, text):
-    model = CLIPModel.from_pretrained(folder).eval()
-    words = CLIPTokenizer.from_pretrained(folder)(
-        text, truncation=True, max_length=77, return_tensors="pt"
-    )
-    image = CLIPImageProcessorPil.from_pretrained(folder)(
-        Image.fromarray(picture), return_tensors="pt"
-    )
+    model, tokenizer, processor = loaded(folder)
+    words = tokenizer(text, truncation=True, max_length=77, return_tensors="pt")
+    image = processor(Image.fromarray(picture), return_tensors="pt")
     return float(model(**words, **image).logits_per_image / model.logit_scale.exp())
 
 

@@ -29,7 +29,10 @@ STEPS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+# what differs by family is tested family by family next door
+@pytest.mark.parametrize(
+    "family", [f if f == "sdxl" else pytest.param(f, marks=pytest.mark.slow) for f in tiny.FAMILIES]
+)
 def test_from_a_single_file_to_every_format(
     family: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ import importlib.util
 import pytest
 
 
+@pytest.mark.slow  # .ci/run runs compile_kernels.py itself
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton not installed")
 def test_triton_kernels_compile_ahead_of_time(run_python, tmp_path):
     # A process of its own: where TRITON_INTERPRET was set, the compiler is gone. No cache: really compile.

@@ -30,9 +30,9 @@ FILES = ["test_ops.py", "test_guided_step.py", "test_group_norm_silu.py", "test_
 
 @pytest.mark.parametrize("file", FILES)
 def test_operators_through_the_interpreter(file, run_python):
-    output = run_python(
-        *("-m", "pytest", "-q", f"tests/{file}"), ESD_OPS="triton", TRITON_INTERPRET="1"
-    )
+    # how an operator is registered, and torch's own erf at each of 65,536 numbers, are the same here
+    chosen = ("-m", "pytest", "-q", f"tests/{file}", "-k", "not opcheck and not every_gate")
+    output = run_python(*chosen, ESD_OPS="triton", TRITON_INTERPRET="1")
     assert " passed" in output
 
 
