@@ -1,5 +1,6 @@
 """The plan's figures against what autograd keeps of real tensors."""
 
+import functools
 import json
 
 import pytest
@@ -32,6 +33,16 @@ def small(model):
     config, scale = described_unet(model)
     assert scale == 8
     return {**config, **SMALL[model], "layers_per_block": 1, "norm_num_groups": 8}
+
+
+def smaller():
+    """Of two levels."""
+    levels = {
+        "block_out_channels": (32, 64),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
+    return small("sd1") | levels
 
 
 @pytest.fixture(scope="module", params=["sd1", "sdxl"])
@@ -92,22 +103,25 @@ def test_the_fastest_that_fits_is_named(case):
     assert max(choice.total, plan.collect[batch]) <= least
 
 
+@functools.cache
+def plan_of_all(**settings):
+    return plan_memory("sd1", smaller(), "esd-all", 64, **settings)
+
+
 def test_float32_weights_are_their_own_masters():
-    plan = plan_memory("sd1", small("sd1"), "esd-x-strict", 64, dtype="float32")
+    plan = plan_memory("sd1", smaller(), "esd-x-strict", 64, dtype="float32")
     assert plan.masters_and_frozen == 4 * plan.trained
 
 
 def test_fused_adam_saves_its_workspace_where_the_update_is_the_worst_moment():
-    plain, fused = (
-        plan_memory("sd1", small("sd1"), "esd-all", 64, fused_adam=fused) for fused in (False, True)
-    )
+    plain, fused = (plan_of_all(fused_adam=fused) for fused in (False, True))
     assert (plain.adam_workspace, fused.adam_workspace) == (4 * plain.trained, 0)
     assert 0 < plain.choices[-1].total - fused.choices[-1].total <= 4 * plain.trained * 1.1 + 1
 
 
 def test_fused_is_what_is_planned_for():
     """As make_optimizer has it on CUDA."""
-    plan = plan_memory("sd1", small("sd1"), "esd-x-strict", 64)
+    plan = plan_memory("sd1", smaller(), "esd-x-strict", 64)
     assert (plan.optimizer_name, plan.optimizer, plan.adam_workspace) == (
         "adam",
         8 * plan.trained,
@@ -118,7 +132,7 @@ def test_fused_is_what_is_planned_for():
 @pytest.mark.parametrize("optimizer", ["adamw", "adam8bit", "adamw8bit"])
 def test_an_optimizers_state_is_in_the_peak(optimizer):
     adam, other = (
-        plan_memory("sd1", small("sd1"), "esd-all", 64, optimizer=name, fused_adam=fused)
+        plan_of_all(optimizer=name, fused_adam=fused)
         for name, fused in (("adam", True), (optimizer, optimizer == "adamw"))
     )
     assert other.optimizer_name == optimizer

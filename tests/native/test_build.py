@@ -46,6 +46,7 @@ def test_unknown_setting(configure):
     assert "ESD_CUDA=YES: use AUTO, ON or OFF" in output
 
 
+@pytest.mark.slow  # .ci/run runs compile_kernels.py itself
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc not installed")
 def test_cuda_kernels_do_not_spill(run_python):
     output = run_python("benchmarks/compile_kernels.py", "cuda")
