@@ -59,12 +59,13 @@ def check_room(
     """Raises ValueError where what a run keeps of its samples is more than all memory that there is:
     latents of `shape`, and where a frozen UNet rolls out `asked` predictions at each."""
     kept = 4 if config.rollout == "student" else 4 + 2 * (1 + asked)  # noise float32, the rest half
-    need = config.iterations * config.batch_size * math.prod(shape) * kept
+    need = config.iterations * config.samples_a_step * math.prod(shape) * kept
     there = memory_of(device)
     if need > there:
+        as_many = " and as many preserved" if config.samples_a_step > config.batch_size else ""
         raise ValueError(
-            f"iterations is {config.iterations} and batch_size {config.batch_size}: their samples "
-            f"take {need / 2**30:.0f} GiB, and there are {there / 2**30:.0f}; fewer iterations, or "
+            f"iterations is {config.iterations} and batch_size {config.batch_size}: their samples"
+            f"{as_many} take {need / 2**30:.0f} GiB, and there are {there / 2**30:.0f}; fewer iterations, or "
             "a lower resolution, take less"
         )
 

@@ -3,6 +3,7 @@ traceback, and nothing written. The parsers are walked: an argument without a ca
 
 import argparse
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -357,9 +358,17 @@ def test_samples_that_no_memory_holds(
     call: Callable[[list[str]], Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("esd_fast.plan.memory_of", lambda _: 2**20)
-    code, _, err = call(["train", *RIGHT["train"], "--iterations", "1000000"])
-    assert code == 2
-    assert "iterations is 1000000 and batch_size 1: their samples take" in err
+    line, gibibytes = ["train", *RIGHT["train"], "--iterations", "1000000"], []
+    for more, whose in (
+        ([], "their samples"),
+        (["--preserve", "a dog"], "samples and as many preserved"),
+    ):
+        code, _, err = call([*line, *more])
+        assert code == 2
+        assert "iterations is 1000000 and batch_size 1" in err
+        gibibytes += re.findall(rf"{whose} take (\d+) GiB", err)
+    alone, with_preserved = map(int, gibibytes)
+    assert with_preserved == pytest.approx(2 * alone, abs=1)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads and writes everything")
