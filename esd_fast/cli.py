@@ -18,6 +18,7 @@ from .terminal import one_line, quoted, tell
 # evaluation/metrics.py has them; it would bring torch
 EVALUATION_METRICS = ("judge", "clip", "nudenet", "lpips", "fid", "kid")
 MODELS = "a diffusers folder, checkpoint file or hub id (default: embedded)"
+METHODS_TOLD = "methods:\n" + "\n".join(f"  {name:<14} {text}" for name, text in METHODS.items())
 
 
 # of a wrong argument, or of what it names; everything else is a failure
@@ -70,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"esd-fast {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     add_train(commands)
+    add_fleet(commands)
     add_collect(commands)
     add_generate(commands)
     add_eval(commands)
@@ -93,7 +95,7 @@ def add_train(commands: Any) -> None:
         description="Erase a concept and write the delta, pictures and a report to a folder. "
         "Without --model the embedded emoji model is used.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="methods:\n" + "\n".join(f"  {n:<14} {text}" for n, text in METHODS.items()),
+        epilog=METHODS_TOLD,
     )
     train.set_defaults(run=lazily("train"))
     say = train.add_argument
@@ -108,7 +110,6 @@ def add_train(commands: Any) -> None:
         metavar="X",
         help="of each of several concepts in the loss (default: alike)",
     )
-    say("--preserve-weight", type=float, metavar="X", help="of preserved prompts in the loss")
     say(
         "--samples",
         dest="samples_file",
@@ -144,33 +145,13 @@ def add_train(commands: Any) -> None:
         help="with --manifest: another model than that run's is fine",
     )
     say("--preset", choices=list(PRESETS), help="recipe (default: fast; with --prompt: paper)")
-    say(
-        "--method",
-        "--train_method",
-        dest="train_method",
-        metavar="METHOD",
-        help="which weights train, see below",
-    )
-    say("--learning-rate", "--lr", type=float, metavar="X", help="of the optimizer")
-    say("--optimizer", choices=CHOICES["optimizer"], help="default: adam; 8bit: an extra")
-    say("--weight-decay", type=float, metavar="X", help="of adamw (default: 0.01)")
-    say("--max-grad-norm", type=float, metavar="X", help="gradients are clipped to it; 0: never")
-    say(
-        "--negative-guidance",
-        "--negative_guidance",
-        type=float,
-        metavar="X",
-        help="how far to push from the concept",
-    )
-    say("--anchor", choices=CHOICES["anchor"], help="what the target starts from")
-    say("--keep-vocabulary", type=float, metavar="X", help="hold to other words' meaning; 0: off")
+    add_training(say)
     say(
         "--harden",
         type=int,
         metavar="N",
         help="rounds of concept inversion whose tokens are erased as well (default: 0)",
     )
-    say("--checkpointing", choices=CHOICES["checkpointing"], help="default: as --vram demands")
     add_collecting(say)
     say(
         "--keep-prompt",
@@ -201,6 +182,32 @@ def add_train(commands: Any) -> None:
         theirs(unused, help=argparse.SUPPRESS)
 
 
+def add_fleet(commands: Any) -> None:
+    fleet = commands.add_parser(
+        "fleet",
+        help="many erasures, each by itself, over a cluster",
+        description="Run all jobs of a file on Ray (extra `fleet`), an erasure each: a worker a "
+        "GPU, each of which loads the model once. What is in the folder already is not done again. "
+        "JOBS is a CSV whose first line names columns (concept, erase_from, method, preset, "
+        "iterations, seed, name, ...: train's options), or JSON Lines (.jsonl) with the same names. "
+        "The options below are for all jobs that do not say otherwise.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=METHODS_TOLD,
+    )
+    fleet.set_defaults(run=lazily("fleet"))
+    say = fleet.add_argument
+    say("jobs", type=place, metavar="JOBS", help="a .csv or .jsonl file")
+    say("--output", type=place, metavar="FOLDER", default="fleet", help="default: fleet")
+    say("--overwrite", action="store_true", help="replace files of the same names there")
+    say("--workers", type=int, metavar="N", help="default: one a GPU; without any one a machine")
+    say("--address", metavar="ADDRESS", help="of a Ray cluster, or auto (default: this machine)")
+    add_loading(say, MODELS)
+    say("--preset", choices=list(PRESETS), help="recipe (default: fast)")
+    add_preserved(say)
+    add_training(say)
+    add_collecting(say)
+
+
 def add_concepts(say: Callable[..., Any]) -> None:
     say(
         "--concept",
@@ -210,6 +217,32 @@ def add_concepts(say: Callable[..., Any]) -> None:
         help='what to erase, such as "cat" or "Van Gogh"; repeatable',
     )
     say("--concepts-file", type=place, metavar="FILE", help="what to erase, a concept a line")
+
+
+def add_training(say: Callable[..., Any]) -> None:
+    """What trains, and how."""
+    say(
+        "--method",
+        "--train_method",
+        dest="train_method",
+        metavar="METHOD",
+        help="which weights train, see below",
+    )
+    say("--preserve-weight", type=float, metavar="X", help="of preserved prompts in the loss")
+    say("--learning-rate", "--lr", type=float, metavar="X", help="of the optimizer")
+    say("--optimizer", choices=CHOICES["optimizer"], help="default: adam; 8bit: an extra")
+    say("--weight-decay", type=float, metavar="X", help="of adamw (default: 0.01)")
+    say("--max-grad-norm", type=float, metavar="X", help="gradients are clipped to it; 0: never")
+    say(
+        "--negative-guidance",
+        "--negative_guidance",
+        type=float,
+        metavar="X",
+        help="how far to push from the concept",
+    )
+    say("--anchor", choices=CHOICES["anchor"], help="what the target starts from")
+    say("--keep-vocabulary", type=float, metavar="X", help="hold to other words' meaning; 0: off")
+    say("--checkpointing", choices=CHOICES["checkpointing"], help="default: as --vram demands")
 
 
 def add_prompts_beside(say: Callable[..., Any]) -> None:
@@ -222,6 +255,10 @@ def add_prompts_beside(say: Callable[..., Any]) -> None:
         help="erase the concept from this wider prompt only; of several concepts all, or repeated "
         'for each ("" leaves one out)',
     )
+    add_preserved(say)
+
+
+def add_preserved(say: Callable[..., Any]) -> None:
     say(
         "--preserve",
         action="append",

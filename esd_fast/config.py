@@ -189,8 +189,12 @@ class EraseConfig:
     def for_model(self, model: Model) -> EraseConfig:
         """With what only a loaded model tells: its family's recipe, and what it preserves by
         default."""
-        config = self.with_recipe(model.family)
-        preserve = resolved(config.preserve, model.general_prompts, config.concepts)
+        return self.completed(model.family, model.general_prompts)
+
+    def completed(self, family: Family, general_prompts: Sequence[str]) -> EraseConfig:
+        """The same, without the model."""
+        config = self.with_recipe(family)
+        preserve = resolved(config.preserve, general_prompts, config.concepts)
         return dataclasses.replace(config, preserve=preserve)
 
     def with_recipe(self, family: Family) -> EraseConfig:

@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,10 +57,8 @@ class Erasure:
     @property
     def file_name(self) -> str:
         """The reference's name of such a file, safe on every file system."""
-        concept = file_part(self.concepts) or "concept"
-        source = self.manifest.get("erase_from") or concept
-        method = safe_name(str(self.manifest.get("method", "esd")))
-        return f"esd-{safe_name(concept)}-from-{safe_name(str(source))}-{method}.safetensors"
+        source, method = self.manifest.get("erase_from"), self.manifest.get("method", "esd")
+        return file_name_of(self.concepts, source, method)
 
     def remember_original(self, unet: Any, original: dict[str, torch.Tensor]) -> None:
         self._originals[unet] = original
@@ -153,6 +151,18 @@ class Erasure:
             "erase_from": str(manifest.get("erase_from") or manifest.get("concept", "")),
             MANIFEST_KEY: json.dumps(manifest),
         }
+
+
+def file_name_of(concepts: Sequence[str], source: object, method: object) -> str:
+    """`source`: what they are erased from; without one, themselves."""
+    concept = file_part(concepts) or "concept"
+    origin = safe_name(str(source or concept))
+    return f"esd-{safe_name(concept)}-from-{origin}-{safe_name(str(method))}.safetensors"
+
+
+def erased_from(sources: Sequence[str | None]) -> str | None:
+    """As manifests and file names have it; None: from everything."""
+    return ", ".join(dict.fromkeys(filter(None, sources))) or None
 
 
 def load(path: str | os.PathLike[str], allow_pickle: bool = False) -> Erasure:

@@ -23,7 +23,7 @@ from .collect import (
 )
 from .config import CHOICES, EraseConfig, refuse
 from .engine import Layout, engaged, layout_for
-from .erasure import Erasure, fingerprint, processor_of, versions
+from .erasure import Erasure, erased_from, fingerprint, processor_of, versions
 from .fit import FitStep, Fitter, shuffled
 from .graphed_steps import RunGraphs
 from .interrupts import sigterm_interrupts
@@ -495,7 +495,7 @@ def finish(
         **({"given": noted.given} if noted.given else {}),
         **({"preserved": list(config.preserve)} if config.preserve else {}),
         **({"samples_file": noted.samples_file} if noted.samples_file else {}),
-        "erase_from": ", ".join(dict.fromkeys(filter(None, config.sources))) or None,
+        "erase_from": erased_from(config.sources),
         "method": canonical_method(config.train_method),
         "preset": config.preset,
         "model": model.source,

@@ -200,7 +200,7 @@ class Model:
     @property
     def general_prompts(self) -> Sequence[str]:
         """What it draws besides any one concept, the most general first."""
-        return world.general_prompts() if self.source == "embedded" else GENERAL_PROMPTS
+        return general_prompts_of(self.source)
 
     def latent_shape(self, resolution: int | None) -> tuple[int, int, int]:
         """(C, h, w) of one sample's latents."""
@@ -214,3 +214,8 @@ class Model:
             )
         side = pixels // self.vae_scale_factor
         return int(self.pipeline.unet.config.in_channels), side, side
+
+
+def general_prompts_of(source: str) -> Sequence[str]:
+    """Of the model that was loaded from `source`."""
+    return world.general_prompts() if source == "embedded" else GENERAL_PROMPTS
