@@ -20,6 +20,7 @@ import esd_fast
 from esd_fast import prompt_list, repeating, run_state
 from esd_fast.config import Loading
 from esd_fast.export import base, compare
+from esd_fast.fleet import jobs as fleet_jobs
 from esd_fast.models.single_file import look_at_file
 from esd_fast.stored_samples import checksum_of
 from esd_fast.tensor_files import Lazy
@@ -73,6 +74,15 @@ def read_manifest(file: Path) -> None:
     _ = repeating.recorded(file).config
 
 
+def read_fleet(file: Path) -> None:
+    try:
+        fleet_jobs.read_jobs(file, None, {})
+    except fleet_jobs.BadJobs as error:
+        if any("\n" in problem or len(problem) > LONGEST for problem in error.problems):
+            raise AssertionError(error.problems) from error
+        raise
+
+
 READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "checkpoint": (".safetensors", read_checkpoint),
     "state": (".json", read_state),
@@ -83,6 +93,8 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "pickled-single-file": (".ckpt", read_single_file),
     "prompts": (".csv", prompt_list.read_prompts),
     "prompt-lines": (".txt", prompt_list.read_prompts),
+    "jobs": (".csv", read_fleet),
+    "job-lines": (".jsonl", read_fleet),
     "manifest": (".json", read_manifest),
     "manifest-in-delta": (".safetensors", read_manifest),
 }
@@ -143,6 +155,10 @@ def seeds(name: str, folder: Path) -> list[bytes]:
             b"\xef\xbb\xbfprompt\r\na cat\r\n",
         ],
         "prompt-lines": [b"a cat\na dog\r\n\n", "ein B\u00e4r\n".encode()],
+        "jobs": [
+            b'concept,erase_from,method,lr,concept_weights,name\n"a cat|dog",pet,esd-u,1e-3,1|2,x\n',
+        ],
+        "job-lines": [b'{"concept": ["cat", "dog"], "erase_from": [null, "pet"], "seed": 3}\n'],
         "manifest": [json.dumps(manifest).encode()],
         "manifest-in-delta": [save(delta, ours)],
     }

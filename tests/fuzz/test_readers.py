@@ -27,7 +27,8 @@ def test_real_files_cut_and_changed(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["checkpoint", "state", "delta", "prompts", "prompt-lines", "manifest"]
+    "name",
+    ["checkpoint", "state", "delta", "prompts", "prompt-lines", "jobs", "job-lines", "manifest"],
 )
 def test_real_files_are_read(name: str, tmp_path: Path) -> None:
     assert [read(name, content, tmp_path) for content in seeds(name, tmp_path)] == [""] * len(
