@@ -44,7 +44,18 @@ def test_help_of_every_command_imports_nothing_heavy():
         "heavy = {'torch', 'numpy', 'PIL', 'diffusers', 'transformers'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    names = ("train", "collect", "generate", "verify", "export", "apply", "diff", "info", "plan")
+    names = (
+        "train",
+        "fleet",
+        "collect",
+        "generate",
+        "verify",
+        "export",
+        "apply",
+        "diff",
+        "info",
+        "plan",
+    )
     for command in ([], ["app"], *([name] for name in names)):
         arguments = [*command, "--help"]
         done = subprocess.run(  # noqa: PLW1510

@@ -170,7 +170,7 @@ def test_what_is_there_is_not_done_again(
     assert fleet(tmp_path, other) == 2
     told = capsys.readouterr().err
     assert f"line 3: {out / 'fish.safetensors'} is another erasure: erase_from 'an animal'" in told
-    assert "1 files are in the way; nothing was started" in told
+    assert "files in the way: 1; nothing was started" in told
     assert {file: file.stat().st_mtime_ns for file in was} == was
     assert fleet(tmp_path, other, "--overwrite") == 0
     assert statuses(tmp_path) == {

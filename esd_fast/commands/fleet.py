@@ -40,7 +40,7 @@ def fleet(arguments: argparse.Namespace) -> int:
         check_count("--workers", arguments.workers, 10_000)
     if arguments.device not in (None, "auto", "cpu", "cuda"):
         refuse("--device", arguments.device, "auto, cpu or cuda: Ray says which of them")
-    model = model_of(arguments.model)
+    model = absolute(arguments.model)
     folder = Path(arguments.output)
     check_outside(folder, model)
     try:
@@ -58,7 +58,7 @@ def fleet(arguments: argparse.Namespace) -> int:
         return worked_off(work, arguments)
 
 
-def model_of(source: str | None) -> str | None:
+def absolute(source: str | None) -> str | None:
     """Workers have working directories of their own."""
     if source is None or not Path(source).exists():
         return source
@@ -68,6 +68,7 @@ def model_of(source: str | None) -> str | None:
 def defaults_of(arguments: argparse.Namespace) -> dict[str, Any]:
     names = {field.name for field in dataclasses.fields(EraseConfig)} - {"concept"}
     given = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+    given["model_config"] = absolute(arguments.model_config)
     if arguments.preserve_file is not None:
         listed = [case.prompt for case in read_prompts(arguments.preserve_file)]
         given["preserve"] = [*(given["preserve"] or ()), *listed]
@@ -111,7 +112,7 @@ class Work:
         if problems and not arguments.overwrite:
             list_problems(problems)
             raise FileExistsError(
-                f"{folder}: {len(problems)} files are in the way; nothing was started"
+                f"{folder}: files in the way: {len(problems)}; nothing was started"
             )
         if len(bases) > 1:
             raise ValueError(f"{folder} holds erasures of several models; name another --output")

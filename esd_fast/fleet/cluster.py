@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import os
@@ -109,9 +110,12 @@ def check_installed() -> None:
 
 
 @contextmanager
-def cluster(address: str | None) -> Iterator[list[dict[str, float]]]:
+def cluster(
+    address: str | None = None, cores: int | None = None
+) -> Iterator[list[dict[str, float]]]:
     """Within: Ray runs; what each of its nodes has. One that runs in this process already is
-    taken, and left running; without an address one is started on this machine, for this process.
+    taken, and left running; without an address one is started on this machine, for this process,
+    with so many cores (None: all).
 
     Raises RuntimeError where Ray is missing, ConnectionError where nothing is at the address.
     """
@@ -122,8 +126,9 @@ def cluster(address: str | None) -> Iterator[list[dict[str, float]]]:
         if ray.is_initialized():
             yield nodes_there()
             return
-        own = {} if address else {"num_cpus": len(os.sched_getaffinity(0))}
-        with same_handlers():
+        own = {} if address else {"num_cpus": cores or len(os.sched_getaffinity(0))}
+        # workers look for packages where it starts first: not in a checkout that someone stands in
+        with same_handlers(), contextlib.chdir(os.sep):
             ray.init(
                 address=address or "local",
                 include_dashboard=None if address else False,
