@@ -20,10 +20,10 @@ from .jobs import Job
 from .outcomes import Lost, Outcome
 
 MISSING = "a fleet runs on Ray: pip install 'esd-fast[fleet]'"
-# Ray's own of a process that starts a cluster: nothing is told to anybody, and without a cluster
-# of several machines (it has the switch for other systems) it listens on 127.0.0.1 alone
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0"}
-LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+# of a process that starts a cluster: without several machines (Ray has the switch for other
+# systems) it listens on 127.0.0.1 alone; and its workers, who do all the work, are as nice as it is
+LOCAL = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_worker_niceness": "0"}
 
 
 @dataclass(frozen=True)
@@ -120,25 +120,25 @@ def cluster(
     Raises RuntimeError where Ray is missing, ConnectionError where nothing is at the address.
     """
     check_installed()
-    with environment({**QUIET, **({} if address else LOOPBACK)}):
+    with environment({**QUIET, **({} if address else LOCAL)}):
         import ray
 
         if ray.is_initialized():
             yield nodes_there()
             return
         own = {} if address else {"num_cpus": cores or len(os.sched_getaffinity(0))}
-        # workers look for packages where it starts first: not in a checkout that someone stands in
-        with same_handlers(), contextlib.chdir(os.sep):
-            ray.init(
-                address=address or "local",
-                include_dashboard=None if address else False,
-                log_to_driver=False,
-                logging_level=logging.CRITICAL,
-                **own,
-            )
         try:
+            # workers look for packages where it starts: not in a checkout that someone stands in
+            with same_handlers(), contextlib.chdir(os.sep):
+                ray.init(
+                    address=address or "local",
+                    include_dashboard=None if address else False,
+                    log_to_driver=False,
+                    logging_level=logging.CRITICAL,
+                    **own,
+                )
             yield nodes_there()
-        finally:
+        finally:  # of a start that was interrupted as well
             ray.shutdown()
 
 
