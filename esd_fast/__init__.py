@@ -8,6 +8,7 @@ esd_fast.load("out/").apply(pipeline)
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from .esd import EraseInterrupted, Progress, erase
     from .pages import give_back_pages, keep_pages
 
+IMPORTED = time.monotonic()  # a command's work is counted from here: imports are part of the wait
 __version__ = "0.1.0"
 __all__ = [
     "PRESETS",

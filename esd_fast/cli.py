@@ -554,6 +554,7 @@ def add_attack(commands: Any) -> None:
     say = attack.add_argument
     add_loading(say, MODELS)
     say("--output", type=place, metavar="FOLDER", help="default: attack-CONCEPT")
+    say("--overwrite", action="store_true", help="replace the results of an earlier attack there")
     say("--concept", metavar="CONCEPT", help="default: what the erasure says it erased")
     say(
         "--paraphrases",

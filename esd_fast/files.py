@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +17,7 @@ def replacing(target: Path) -> Iterator[Path]:
     """A path to write a file to; it becomes `target` where the block ends well, else it goes."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(target.name + ".part")
+    temporary.unlink(missing_ok=True)  # in a stranger's folder it may be a link to elsewhere
     try:
         yield temporary
         temporary.chmod(0o666 & ~current_umask())  # safetensors writes for the owner alone
@@ -29,7 +31,7 @@ def replacing_folder(target: Path) -> Iterator[Path]:
     """The same for a folder. One that stood there goes once the new one is whole."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(target.name + ".part")
-    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)  # which follows no links
     temporary.mkdir()
     try:
         yield temporary
@@ -49,14 +51,19 @@ def output_folder(folder: Path) -> Iterator[Path]:
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        trial = folder / ".esd-fast-writable"
-        trial.write_text("")
-        trial.unlink(missing_ok=True)  # another process may write into the same folder
+        check_writable(folder)
         yield folder
     finally:
-        with suppress(OSError):  # no longer empty
-            for path in made:
+        for path in made:
+            with suppress(OSError):  # it is no longer empty, or could not be made
                 path.rmdir()
+
+
+def check_writable(folder: Path) -> None:
+    """Raises OSError where no file can be made in `folder`. It is tried with one of a new name:
+    a fixed one could be a link that a stranger left there."""
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def check_outside(output: Path, model: Any) -> None:
@@ -68,9 +75,20 @@ def check_outside(output: Path, model: Any) -> None:
         raise ValueError(f"{output} lies in the model's own folder; name another place")
 
 
+def free_folder(folder: Path, taken: Callable[[Path], bool]) -> Path:
+    """`folder`, or where that is taken FOLDER-2, FOLDER-3, ..."""
+    found, number = folder, 1
+    while taken(found):
+        number += 1
+        found = folder.with_name(f"{folder.name}-{number}")
+    return found
+
+
 def check_target(target: Path, overwrite: bool, *, folder: bool = False) -> None:
-    """Before any work: raises FileExistsError where something is there that must not go. A folder
-    is replaced only where it is empty or a diffusers model."""
+    """Before any work: raises FileExistsError where something is there that must not go, another
+    OSError where nothing can be written. A folder is replaced only where it is empty or a diffusers
+    model."""
+    check_place(target)
     if folder and target.is_dir() and not any(target.iterdir()):
         return
     if not target.exists():
@@ -82,6 +100,19 @@ def check_target(target: Path, overwrite: bool, *, folder: bool = False) -> None
         raise FileExistsError(f"{target} is {kind}; name another place")
     if folder and not (target / "model_index.json").is_file():
         raise FileExistsError(f"{target} is no diffusers model; a folder of yours is not replaced")
+
+
+def check_place(target: Path) -> None:
+    """Raises OSError where `target` cannot be made. Makes nothing itself."""
+    nearest = next((path for path in target.parents if os.path.lexists(path)), target)
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"{target}: {nearest} is no folder; name another place")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(f"{target}: nothing may be written to {nearest}; name another place")
+    *folders, name = target.relative_to(nearest).parts or ("",)
+    for new in (*folders, f"{name}.part"):
+        with suppress(FileNotFoundError):
+            (nearest / new).lstat()  # raises where a name is too long
 
 
 def parsed_json(

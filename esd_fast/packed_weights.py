@@ -373,10 +373,10 @@ def why_not_dtype(dtype: torch.dtype) -> str:
         return "this torch has no oneDNN"
     name = str(dtype).removeprefix("torch.")
     try:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         pixels, weight = (
-            torch.randn(2, 16, 5, 5, generator=generator),
-            torch.randn(24, 16, 3, 3, generator=generator),
+            torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+            for shape in ((2, 16, 5, 5), (24, 16, 3, 3))
         )
         ours, exact = tried(pixels.to(dtype), weight.to(dtype)), tried_plainly(pixels, weight)
         unit = 16 * torch.finfo(dtype).eps

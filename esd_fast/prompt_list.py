@@ -40,6 +40,9 @@ def read_prompts(path: str | Path) -> list[Case]:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no UTF-8 text (byte {error.start})") from None
+    if "\0" in text:  # UTF-16, as a rule
+        line = text[: text.index("\0")].count("\n") + 1
+        raise ValueError(f"{path} is no UTF-8 text (line {line} holds NUL)")
     cases = list(from_csv(path, text) if path.suffix.lower() == ".csv" else from_lines(path, text))
     if not cases:
         raise ValueError(f"{path} holds no prompt")
@@ -62,6 +65,9 @@ def from_csv(path: Path, text: str) -> Iterator[Case]:
                 f"{path} must have one column {PROMPT!r}, separated by commas; its first line "
                 f"has {', '.join(repr(name[:40]) for name in header[:8]) or 'nothing'}"
             )
+        twice = next((name for name in (CASE, SEED) if header.count(name) > 1), None)
+        if twice:
+            raise ValueError(f"{path} has the column {twice} twice; leave one out")
         for index, row in enumerate(filter(any, reader)):
             where = f"{path}, line {reader.line_num}"
             if len(row) > len(header):

@@ -21,7 +21,7 @@ import torch
 from .bases import base_digest, digest_of
 from .config import EraseConfig, Loading
 from .erasure import versions
-from .files import parsed_json
+from .files import check_writable, parsed_json
 from .interrupts import held_back
 from .stored_samples import CHECKSUM_KEY, checksum_of, samples_in, tensors_of
 from .tensor_files import Lazy, open_safetensors, write_tensors
@@ -239,9 +239,7 @@ class Checkpoints:
             )
         try:
             path.mkdir(parents=True, exist_ok=True)
-            trial = path / ".esd-fast-writable"
-            trial.write_text("")
-            trial.unlink()
+            check_writable(path)
         except OSError as error:
             raise CheckpointError(f"no checkpoint can be written to {path}: {error}") from None
         return cls(path, every)

@@ -1,19 +1,47 @@
 """Copies of a small pipeline's folder with one thing broken in each, and files that are no model."""
 
 import json
+import re
 import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+from esd_fast.cli import main
 
 UNET = Path("unet/diffusion_pytorch_model.safetensors")
 DEEP = "[" * 100_000 + "]" * 100_000
 ESCAPES = "\x1b[2J\x1b]0;owned\x07\u202e\x00\n\r"  # clears a terminal, names it, turns text round
 Break = Callable[[Path], None]
+
+
+def tree(place: Path) -> dict[str, Any]:
+    return {
+        str(p.relative_to(place)): p.lstat().st_size for p in place.rglob("*") if not p.is_dir()
+    }
+
+
+@pytest.fixture
+def call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command in `tmp_path`; progress bars are left out of what it said."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def run(*line: str) -> tuple[int, str, str]:
+        code = main([*line])
+        said = capsys.readouterr()
+        # a pattern for a whole line takes squares of a long one
+        lines = re.split(r"([\n\r])", said.err)
+        return code, said.out, "".join(x for x in lines if "%|" not in x).strip("\r\n")
+
+    return run
 
 
 def set_json(name: str, **values: Any) -> Break:

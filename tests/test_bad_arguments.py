@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from esd_fast.cli import main, parser
+from esd_fast.commands.train import WRITTEN
 from esd_fast.erasure import Erasure
 
 from . import pipelines
@@ -342,6 +343,92 @@ def test_nothing_goes_into_the_models_own_folder(
     code, _, err = call([command, *RIGHT[command], "--output", output])
     assert code == 2
     assert "lies in the model's own folder; name another place" in err
+
+
+FILES = ("collect", "export")
+
+
+@pytest.mark.parametrize("command", ["train", "generate", "eval", "attack", "apply", *FILES])
+def test_an_output_is_tried_before_anything_is_loaded(
+    command: str, call: Callable[[list[str]], Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """stable-diffusion#94: a name that no file system takes was found out after the training."""
+    for home in ("esd_fast.models.load_model", "esd_fast.export.base.open_base"):
+        monkeypatch.setattr(home, lambda *_, **__: pytest.fail("loaded"))
+    end = ".safetensors" if command in FILES else ""
+    for place in (
+        "file/inside",
+        "loop/inside",
+        "x" * 300,
+        "new/" + "x" * 300,
+        "x" * (251 - len(end)),
+    ):
+        if len(place) < 252 and command not in (*FILES, "apply"):
+            continue  # which is no name of theirs with `.part` behind it
+        code, out, err = call([command, *RIGHT[command], "--output", f"{place}{end}"])
+        assert code in (1, 2), place
+        assert (out, err.count("\n")) == ("", 1), err
+        assert place.removeprefix("new/")[:12] in err
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_training_replaces_nobodys_files(
+    name: str, world: Path, call: Callable[[list[str]], Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("esd_fast.models.load_model", lambda *_: pytest.fail("loaded"))
+    (world / "mine").mkdir()
+    try:
+        (world / "mine" / name).write_text("of somebody")
+        code, _, err = call(["train", *RIGHT["train"], "--output", "mine"])
+        assert code == 2
+        assert f"mine holds {name}; --overwrite replaces what a run writes" in err
+        (world / "mine" / name).unlink()
+        (world / "mine" / name).mkdir()
+        code, _, err = call(["train", *RIGHT["train"], "--output", "mine", "--overwrite"])
+        assert (code, f"mine/{name} is a folder; give another --output" in err) == (2, True)
+    finally:
+        shutil.rmtree(world / "mine")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["attack.png", "attack.json", "before/0.png", "after/x", "cat-concept-after.safetensors"],
+)
+def test_an_attack_replaces_nobodys_files(
+    name: str, world: Path, call: Callable[[list[str]], Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("esd_fast.erasure.load", lambda *_: pytest.fail("loaded"))
+    file = world / "mine" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("of somebody")
+    try:
+        code, _, err = call(["attack", *RIGHT["attack"], "--output", "mine"])
+        assert code == 2
+        assert f"mine holds {name}; --overwrite replaces what an attack writes" in err
+    finally:
+        shutil.rmtree(world / "mine")
+
+
+def test_links_that_a_stranger_left_lead_nowhere(world: Path, tmp_path: Path) -> None:
+    """In a folder from elsewhere whatever is written may be a link to a file of one's own."""
+    mine = tmp_path / "mine"
+    mine.write_text("of somebody")
+    run, model = tmp_path / "run", str(world / "tiny")
+    run.mkdir()
+    delta = "esd-cat-from-cat-esd-x.safetensors"
+    trials = (".esd-fast-writable", f"{delta}.part", *(f"{n}.part" for n in WRITTEN))
+    for name in (
+        *trials,
+        *(f"checkpoint-{n:08d}.safetensors.part" for n in range(3)),
+        *WRITTEN,
+        delta,
+    ):
+        (run / name).symlink_to(mine)
+    line = ["train", "--concept", "cat", "--model", model, *RIGHT["train"][4:]]
+    line += ["--checkpoint-every", "1", "--output", str(run), "--overwrite"]
+    assert main(line) == 0
+    assert mine.read_text() == "of somebody"
+    assert not any((run / name).is_symlink() for name in (*WRITTEN[:3], delta))
 
 
 def test_a_run_that_fails_leaves_no_folder(call: Callable[[list[str]], Result]) -> None:

@@ -13,17 +13,17 @@ import pytest
 import torch
 
 import esd_fast
-from esd_fast.cli import main
 from esd_fast.config import EraseConfig, Loading
 from esd_fast.evaluation.report import write_report
 from esd_fast.models import load_model, look_at
 from esd_fast.terminal import LONGEST, one_line, quoted, tell, visible
 
-from . import pipelines
-from .broken_models import ERASURES, ESCAPES, FIRST, FOLDERS, SAID, manifest
+from . import broken_models, pipelines
+from .broken_models import ERASURES, ESCAPES, FIRST, FOLDERS, SAID, manifest, tree
 from .pipelines import GOLDEN
 
 one_thread = pipelines.one_thread
+call = broken_models.call
 QUICK = ["--num-inference-steps", "2", "--device", "cpu"]
 SHORT = ["--iterations", "2", "--pictures", "0", *QUICK]
 # the first words of a kind in FOLDERS -> what its error has to speak of
@@ -40,31 +40,6 @@ SPOKEN_OF = {
     "tokenizer": "model/tokenizer/tokenizer",
     "scheduler": "[Ss]cheduler",
 }
-
-
-def tree(place: Path) -> dict[str, Any]:
-    return {
-        str(p.relative_to(place)): p.lstat().st_size for p in place.rglob("*") if not p.is_dir()
-    }
-
-
-@pytest.fixture
-def call(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    """Runs a command in `tmp_path`; progress bars are left out of what it said."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-    def run(*line: str) -> tuple[int, str, str]:
-        code = main([*line])
-        said = capsys.readouterr()
-        lines = re.split(
-            r"([\n\r])", said.err
-        )  # a pattern for a whole line takes squares of a long one
-        return code, said.out, "".join(x for x in lines if "%|" not in x).strip("\r\n")
-
-    return run
 
 
 @pytest.mark.parametrize("kind", FOLDERS)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from esd_fast.config import MOST_AT_A_TIME, check_count, check_number, refuse
 from esd_fast.demo import is_embedded, world
-from esd_fast.files import check_outside, output_folder
+from esd_fast.files import check_outside, free_folder, output_folder
 from esd_fast.pages import keep_pages
 from esd_fast.prompt_list import read_prompts
 from esd_fast.prompts import clean_prompt, safe_name
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 IMAGES_EMBEDDED, IMAGES_OTHERS = 64, 4
 EXAMPLES, EXAMPLES_SEED = 16, 1_000_000  # what inversion learns from; seeds that no attack draws
 COLUMNS = 6
+GRID, TOLD, TIMES = "attack.png", "attack.json", ("before", "after")
 
 
 def attack(arguments: argparse.Namespace) -> int:
@@ -51,7 +52,7 @@ def attack(arguments: argparse.Namespace) -> int:
     control = arguments.control or control_for(arguments, concepts)
     apart = told_apart(arguments, [*concepts, *filter(None, [control])])
     recogniser = recogniser_of(arguments, apart)
-    folder = Path(arguments.output or f"attack-{safe_name(', '.join(concepts))}")
+    folder = output_of(arguments, concepts)
     check_outside(folder, arguments.model)
     with output_folder(folder):
         model = load_model(arguments.model, place)
@@ -113,6 +114,13 @@ def checked(arguments: argparse.Namespace) -> EraseConfig:
     Prompts of `--paraphrases` are read."""
     if not Path(arguments.erasure).exists():
         raise FileNotFoundError(f"erasure {arguments.erasure!r} does not exist")
+    if arguments.output is not None and not arguments.overwrite:
+        found = in_the_way(Path(arguments.output))
+        if found:
+            raise FileExistsError(
+                f"{arguments.output} holds {found}; --overwrite replaces what an attack writes, "
+                "another --output keeps it"
+            )
     check_drawing(arguments)
     check_images(arguments)
     check_count("--max-train-steps", arguments.max_train_steps)
@@ -125,9 +133,28 @@ def checked(arguments: argparse.Namespace) -> EraseConfig:
             setattr(arguments, name, clean_prompt(f"--{name}", getattr(arguments, name)))
     if arguments.paraphrases is not None:
         arguments.paraphrases = [case.prompt for case in read_prompts(arguments.paraphrases)]
-    if arguments.train_data_dir is not None and not pictures_there(arguments.train_data_dir):
-        refuse("--train-data-dir", arguments.train_data_dir, "a folder with pictures in it")
+    if arguments.train_data_dir is not None:
+        check_pictures(arguments.train_data_dir)
     return place_of(arguments)
+
+
+def output_of(arguments: argparse.Namespace, concepts: Sequence[str]) -> Path:
+    """Where nothing is said, a folder that holds no attack yet."""
+    if arguments.output is not None:
+        return Path(arguments.output)
+    usual = Path(f"attack-{safe_name(', '.join(concepts))}")
+    return usual if arguments.overwrite else free_folder(usual, lambda f: bool(in_the_way(f)))
+
+
+def in_the_way(folder: Path) -> str:
+    """What an attack would replace there; empty where it would not."""
+    names = (GRID, TOLD, *(f"{when}/*" for when in TIMES), *(token_file("*", w) for w in TIMES))
+    found = (path for name in names for path in folder.glob(name))
+    return next((str(path.relative_to(folder)) for path in found), "")
+
+
+def token_file(name: str, when: str) -> str:
+    return f"{name}-{when}.safetensors"
 
 
 def concepts_of(arguments: argparse.Namespace, erasure: Erasure) -> list[str]:
@@ -201,10 +228,15 @@ def control_for(arguments: argparse.Namespace, concepts: Sequence[str]) -> str |
     return f"{control} style" if control in world.STYLES else control
 
 
-def pictures_there(folder: str) -> bool:
-    from esd_fast.evaluation.pictures import picture_files
+def check_pictures(folder: str) -> None:
+    """Raises ValueError where there are none, or one is damaged."""
+    from esd_fast.evaluation.pictures import picture_files, read_picture
 
-    return Path(folder).is_dir() and bool(picture_files(Path(folder)))
+    found = picture_files(Path(folder)) if Path(folder).is_dir() else []
+    if not found:
+        refuse("--train-data-dir", folder, "a folder with pictures in it")
+    for file in found:
+        read_picture(file)
 
 
 def read_pictures(folder: str, side: int) -> np.ndarray:
@@ -213,17 +245,11 @@ def read_pictures(folder: str, side: int) -> np.ndarray:
     import numpy as np
     from PIL import Image, ImageOps
 
-    from esd_fast.evaluation.pictures import picture_files
+    from esd_fast.evaluation.pictures import picture_files, read_picture
 
-    read = []
-    for file in picture_files(Path(folder)):
-        try:
-            with Image.open(file) as picture:
-                whole = ImageOps.exif_transpose(picture).convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{file} is no picture: {error}") from None
-        read.append(np.asarray(ImageOps.fit(whole, (side, side), Image.Resampling.LANCZOS)))
-    return np.stack(read)
+    whole = map(read_picture, picture_files(Path(folder)))
+    fitted = (ImageOps.fit(w, (side, side), Image.Resampling.LANCZOS) for w in whole)
+    return np.stack([np.asarray(picture) for picture in fitted])
 
 
 # --- the result ----------------------------------------------------------------------------------
@@ -308,14 +334,14 @@ def write(
     from esd_fast.evaluation.pictures import comparison_grid, save_png
     from esd_fast.generate import to_pil
 
-    save_png(comparison_grid(rows, ("before", "after")), folder / "attack.png")
-    write_atomically(folder / "attack.json", (json.dumps(told, indent=1) + "\n").encode())
+    save_png(comparison_grid(rows, TIMES), folder / GRID)
+    write_atomically(folder / TOLD, (json.dumps(told, indent=1) + "\n").encode())
     for outcome in outcomes:
         name = safe_name(f"{outcome.concept} {outcome.attack.name}")
-        for when, token in zip(("before", "after"), outcome.tokens, strict=False):
-            token.save(folder / f"{name}-{when}.safetensors")
+        for when, token in zip(TIMES, outcome.tokens, strict=False):
+            token.save(folder / token_file(name, when))
         if outcome.seen_after is None:
-            for when, drawn in (("before", outcome.before), ("after", outcome.after)):
+            for when, drawn in zip(TIMES, (outcome.before, outcome.after), strict=True):
                 (folder / when).mkdir(exist_ok=True)
                 for i, picture in enumerate(drawn):
                     save_png(to_pil(picture), folder / when / f"{name}-{i}.png")

@@ -23,10 +23,6 @@ def collect(arguments: argparse.Namespace) -> int:
     if target.suffix != ".safetensors":
         raise ValueError(f"--output is {str(target)!r}; it must be a file .safetensors")
     check_target(target, arguments.overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    trial = target.with_name(f"{target.name}.part")  # the place is tried before any work
-    trial.write_text("")
-    trial.unlink()
     keep_pages()
     quiet_libraries()
     from esd_fast import collecting

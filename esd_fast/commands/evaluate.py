@@ -80,13 +80,14 @@ def check(arguments: argparse.Namespace) -> None:
         if folder is not None and not Path(folder).is_dir():
             raise FileNotFoundError(f"--{name} {folder!r} is no folder")
     if arguments.reference is not None:
-        from esd_fast.evaluation.pictures import picture_files
+        from esd_fast.evaluation.pictures import check_picture, picture_files
 
-        count = len(picture_files(Path(arguments.reference)))
-        if count < 2:  # a spread is asked for
-            refuse(
-                "--reference", arguments.reference, f"a folder of 2 pictures or more, not {count}"
-            )
+        found = picture_files(Path(arguments.reference))
+        if len(found) < 2:  # a spread is asked for
+            least = f"a folder of 2 pictures or more, not {len(found)}"
+            refuse("--reference", arguments.reference, least)
+        for file in found:
+            check_picture(file)
     check_clip(arguments)
     if arguments.inception is not None and not Path(arguments.inception).is_file():
         raise FileNotFoundError(f"--inception {arguments.inception!r} does not exist")

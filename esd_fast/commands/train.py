@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import shlex
 import sys
 import time
@@ -12,8 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from esd_fast import IMPORTED
 from esd_fast.config import EraseConfig, refuse
-from esd_fast.files import check_outside, check_target, output_folder
+from esd_fast.evaluation import write_atomically
+from esd_fast.files import check_outside, check_target, free_folder, output_folder
 from esd_fast.pages import keep_pages
 from esd_fast.parameters import canonical_method
 from esd_fast.prompt_list import read_prompts
@@ -32,12 +35,14 @@ if TYPE_CHECKING:
 
 COLUMNS_EMBEDDED, COLUMNS_GPU = 6, 3
 MOST_COLUMNS, MOST_ROUNDS = 100, 100
+MANIFEST = "manifest.json"
+OF_REPORT = ("report.json", "report.html", "before_after.png", "loss.png")
+WRITTEN = (MANIFEST, *OF_REPORT)
 KEEP_PROMPTS = ("a photo of a dog", "a house by a lake", "a portrait of a woman")
 
 
 def train(arguments: argparse.Namespace) -> int:
     """Exit code 0; 130 after Ctrl-C or SIGTERM, with the work so far saved."""
-    started = process_start()
     repeated = run_to_repeat(arguments)
     for note in translated(arguments):
         tell(f"note: {note}", sys.stderr)
@@ -54,7 +59,7 @@ def train(arguments: argparse.Namespace) -> int:
     folder = results_folder(arguments.output, config, arguments.overwrite or resume is not None)
     check_outside(folder, arguments.model)
     with output_folder(folder):  # shown to be writable before any training
-        return train_into(folder, delta, arguments, config, resume, repeated, stored, started)
+        return train_into(folder, delta, arguments, config, resume, repeated, stored)
 
 
 def train_into(
@@ -65,7 +70,6 @@ def train_into(
     resume: RunState | None,
     repeated: Repeated | None,
     stored: StoredSamples | None,
-    started: float,
 ) -> int:
     keep_pages()
     bars = Bars()
@@ -86,11 +90,11 @@ def train_into(
     config = config.for_model(model)
     if stored is not None:
         stored.check(model, config)  # before anything is drawn
-    loaded = time.time() - started
+    loaded = time.monotonic() - IMPORTED
     columns = columns_of(arguments.pictures, model)
     proof = proof_for(model, config, columns, arguments.keep_prompt or KEEP_PROMPTS)
     before = proof.draw(model.pipeline, bars.drawing("draw before"))
-    drawn = time.time() - started
+    drawn = time.monotonic() - IMPORTED
     interruption = None
     try:
         erasure = erased(model, config, arguments.harden, bars, checkpoints, resume, stored)
@@ -113,16 +117,16 @@ def train_into(
             tell(f"  esd-fast train --resume {shlex.quote(str(folder))} goes on{again}")
         return 130
     forget_checkpoints(folder)  # the result is there
-    trained = time.time() - started
+    trained = time.monotonic() - IMPORTED
     after = proof.draw(model.pipeline, bars.drawing("draw after"))
     bars.close()
     report = report_of(erasure, model)
     report["seconds"] |= {"load": loaded, "draw_before": drawn - loaded}
-    report["seconds"]["draw_after"] = time.time() - started - trained
+    report["seconds"]["draw_after"] = time.monotonic() - IMPORTED - trained
     report |= proof.results(before, after)
     concept, losses = erasure.manifest["concept"], erasure.manifest["losses"]
     write_pictures(folder, proof.rows(before, after), concept, losses)
-    report["seconds"]["total"] = time.time() - started
+    report["seconds"]["total"] = time.monotonic() - IMPORTED
     from esd_fast.evaluation.report import write_report
 
     page = write_report(folder, report)
@@ -162,18 +166,6 @@ def erased(
         for text in config.concepts
     ]
     return harden(model, config, rounds, adversaries, on_progress=show)
-
-
-def process_start() -> float:
-    """When this process began: what a person waits for includes the imports."""
-    import os
-
-    try:
-        ticks = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        uptime = float(Path("/proc/uptime").read_text().split()[0])
-    except OSError:
-        return time.time()
-    return time.time() - (uptime - ticks / os.sysconf("SC_CLK_TCK"))
 
 
 def state_to_resume(arguments: argparse.Namespace) -> RunState | None:
@@ -264,35 +256,39 @@ def delta_place(arguments: argparse.Namespace, config: EraseConfig) -> Path | No
     )
     check_target(file, arguments.overwrite)
     if arguments.output is None:
-        arguments.output = str(free_folder(folder, config, arguments.overwrite))
+        arguments.output = str(usual_folder(folder, config, arguments.overwrite))
     return file
 
 
-def free_folder(parent: Path, config: EraseConfig, overwrite: bool) -> Path:
-    """A name that holds no results yet."""
-    name = f"erased-{safe_name(file_part(config.concepts))}"
-    folder, number = parent / name, 1
-    while holds_results(folder) and not overwrite:
-        number += 1
-        folder = parent / f"{name}-{number}"
-    return folder
+def usual_folder(parent: Path, config: EraseConfig, overwrite: bool) -> Path:
+    folder = parent / f"erased-{safe_name(file_part(config.concepts))}"
+    return folder if overwrite else free_folder(folder, lambda f: bool(in_the_way(f)))
 
 
 def results_folder(output: str | None, config: EraseConfig, overwrite: bool) -> Path:
-    """Earlier results are not replaced."""
+    """Neither earlier results nor files of others are replaced unasked."""
     if output is None:
-        return free_folder(Path(), config, overwrite)
-    folder = Path(output)
-    if holds_results(folder) and not overwrite:
-        unfinished = f"--resume {folder} goes on with it, " if holds_checkpoints(folder) else ""
-        raise FileExistsError(
-            f"{folder} holds the results of a run; {unfinished}--overwrite replaces them"
-        )
+        folder = usual_folder(Path(), config, overwrite)
+    else:
+        folder = Path(output)
+        found = in_the_way(folder)
+        if found and not overwrite:
+            unfinished = f"--resume {folder} goes on with it, " if holds_checkpoints(folder) else ""
+            raise FileExistsError(
+                f"{folder} holds {found}; {unfinished}--overwrite replaces what a run writes, "
+                "another --output keeps it"
+            )
+    for name in WRITTEN:
+        if (folder / name).is_dir():
+            raise FileExistsError(f"{folder / name} is a folder; give another --output")
     return folder
 
 
-def holds_results(folder: Path) -> bool:
-    return any(folder.glob("esd-*.safetensors")) or holds_checkpoints(folder)
+def in_the_way(folder: Path) -> str:
+    """What a run would replace there; empty where it would not."""
+    if any(folder.glob("esd-*.safetensors")) or holds_checkpoints(folder):
+        return "the results of a run"
+    return next((name for name in WRITTEN if os.path.lexists(folder / name)), "")
 
 
 def holds_checkpoints(folder: Path) -> bool:
@@ -311,14 +307,25 @@ def columns_of(asked: int | None, model: Model) -> int:
 
 
 def save(erasure: Erasure, folder: Path) -> None:
-    """The delta first; older deltas of an overwritten run go once the new one is there."""
+    """The delta first; what else an overwritten run left goes once the new one is there."""
+    old = delta_of_manifest(folder)
     kept = erasure.save(folder)
-    for old in folder.glob("esd-*.safetensors"):
-        if old != kept:
-            old.unlink()
-    temporary = folder / "manifest.json.part"
-    temporary.write_text(json.dumps(erasure.manifest, indent=1))
-    temporary.replace(folder / "manifest.json")
+    if old is not None and old != kept:
+        old.unlink(missing_ok=True)
+    for name in OF_REPORT:  # it would be told of another run
+        (folder / name).unlink(missing_ok=True)
+    write_atomically(folder / MANIFEST, json.dumps(erasure.manifest, indent=1).encode())
+
+
+def delta_of_manifest(folder: Path) -> Path | None:
+    """The delta of the run whose manifest lies there: others beside it are not that run's."""
+    from esd_fast.erasure import Erasure
+    from esd_fast.repeating import manifest_in
+
+    try:
+        return folder / Erasure({}, manifest_in(folder / MANIFEST)).file_name
+    except (OSError, ValueError):
+        return None
 
 
 def report_of(erasure: Erasure, model: Model) -> dict[str, Any]:

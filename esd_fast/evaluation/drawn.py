@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from .gallery import BASE, DECISIVE, difference
-from .pictures import read_png_text
+from .pictures import read_picture, read_png_text
 
 OF_ERASURE = ("erasure_sha256", "strength")
 
@@ -41,11 +40,18 @@ class DrawnFolder:
         return self.path.name
 
     def read(self, pictures: Sequence[DrawnPicture]) -> list[np.ndarray]:
-        """(H, W, 3) uint8 each."""
+        """(H, W, 3) uint8 each. Raises ValueError naming a file that is damaged, or not as large
+        as its metadata say."""
         read = []
-        for picture in pictures:
-            with Image.open(self.path / picture.name) as image:
-                read.append(np.asarray(image.convert("RGB")))
+        for path in (self.path / picture.name for picture in pictures):
+            picture = read_picture(path)
+            size = f"{picture.width}x{picture.height}"
+            if self.told.get("size", size) != size:
+                raise ValueError(
+                    f"{path} has {size} pixels and says {self.told['size']}: another program wrote "
+                    "it; draw it again"
+                )
+            read.append(np.asarray(picture))
         return read
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,16 @@ from typing import TYPE_CHECKING, Any
 from esd_fast.generate import Shot, pictures, to_pil
 from esd_fast.prompts import safe_name
 
-from .pictures import ComparisonRow, comparison_grid, png_text, read_png_text, save_png, tile
+from .pictures import (
+    ComparisonRow,
+    comparison_grid,
+    png_text,
+    read_picture,
+    read_png_text,
+    save_png,
+    tile,
+    was_cut,
+)
 from .proof import parts_to_place
 
 if TYPE_CHECKING:
@@ -146,11 +156,13 @@ def unfinished(
     wanted = {file.name: (row, file) for row in rows for file in row.files}
     for row, file in wanted.values():
         path = variant.folder / file.name
-        there = read_png_text(path) if path.exists() else None
-        if there is None:
+        if path.is_dir():
+            raise FileExistsError(f"{path} is a folder; give another --output")
+        there = read_png_text(path)
+        if there is None and (was_cut(path) or not os.path.lexists(path)):
             missing.append((row, file))
             continue
-        told = metadata_of(row, file, variant)
+        there, told = there or {}, metadata_of(row, file, variant)
         differ = [key for key in DECISIVE if there.get(key) != told.get(key)]
         if differ:
             missing.append((row, file))
@@ -223,10 +235,5 @@ def strips_of(rows: Iterable[PromptRow]) -> Iterable[tuple[PromptRow, Sequence[P
 
 
 def opened(folder: Path, files: Sequence[PictureFile]) -> list[Any]:
-    from PIL import Image
-
-    shown = []
-    for file in files:
-        with Image.open(folder / file.name) as picture:
-            shown.append(tile(picture))  # as small as the page shows it
-    return shown
+    # as small as the page shows them
+    return [tile(read_picture(folder / file.name)) for file in files]

@@ -108,11 +108,9 @@ def invert(
         resolution = latents.mean.shape[-1] * model.vae_scale_factor
         for step in range(config.steps):
             x0 = latents.draw(config.batch_size, draw)
-            noise = torch.randn(x0.shape, generator=draw).to(device)
-            timesteps = torch.randint(
-                0, scheduler.config.num_train_timesteps, (len(x0),), generator=draw
-            ).to(device)
-            chosen = torch.randint(0, len(prompts), (len(x0),), generator=draw)
+            noise = normal(x0.shape, draw).to(device)
+            timesteps = below(scheduler.config.num_train_timesteps, len(x0), draw).to(device)
+            chosen = below(len(prompts), len(x0), draw)
             question = model.family.encode_with_gradient(
                 pipeline, [prompts[i] for i in chosen.tolist()], resolution
             )
@@ -175,9 +173,21 @@ class EncodedPictures:
 
     def draw(self, count: int, generator: torch.Generator) -> torch.Tensor:
         """(count, C, h, w) of random pictures, each drawn from its distribution."""
-        chosen = torch.randint(0, len(self.mean), (count,), generator=generator)
-        noise = torch.randn((count, *self.mean.shape[1:]), generator=generator)
+        chosen = below(len(self.mean), count, generator)
+        noise = normal((count, *self.mean.shape[1:]), generator)
         return self.mean[chosen] + self.std[chosen] * noise.to(self.mean.device)
+
+
+# device and dtype are said: a caller may have set others as torch's defaults
+
+
+def normal(shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
+def below(end: int, count: int, generator: torch.Generator) -> torch.Tensor:
+    """(count,) whole numbers from 0 to `end`, without it."""
+    return torch.randint(0, end, (count,), generator=generator, device="cpu")
 
 
 def first_vectors(

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
 
 from . import distances
 from .concepts import Concepts, asked, erased_among
 from .drawn import Drawn, DrawnFolder, DrawnPicture
 from .nudity import THRESHOLD, NudeNet
-from .pictures import picture_files
+from .pictures import picture_files, read_picture
 from .recogniser import Recogniser
 from .retention import InterferenceRow, Questions, interference_row, retention
 
@@ -310,8 +309,7 @@ def same_sized(
 def pictures_in(folder: Path) -> Iterator[list[np.ndarray]]:
     """Each of a folder of any pictures, alone: they may be of any size."""
     for path in picture_files(folder):
-        with Image.open(path) as image:
-            yield [np.asarray(image.convert("RGB"))]
+        yield [np.asarray(read_picture(path))]
 
 
 # --- which ---------------------------------------------------------------------------------------

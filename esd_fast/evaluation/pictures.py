@@ -5,15 +5,19 @@ from __future__ import annotations
 import io
 import math
 import unicodedata
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import cast
 
 import numpy as np
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
+
+from esd_fast.terminal import one_line
 
 from . import write_atomically
 
@@ -368,6 +372,35 @@ def picture_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in kinds)
 
 
+@contextmanager
+def opened_picture(path: Path) -> Iterator[Image.Image]:
+    """Within: the picture, whose pixels are read when they are asked for. Raises ValueError, naming
+    the file, where it is none, is damaged, or holds more pixels than anybody draws."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            # by name: Pillow would start Ghostscript for an EPS, whatever the file is called
+            with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
+                yield image
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise ValueError(f"{path} has too many pixels for a picture; leave it out") from None
+    except Exception as error:  # noqa: BLE001 -- Pillow has no error of its own for a damaged file
+        reason = one_line(str(error)) or type(error).__name__
+        raise ValueError(f"{path} is no whole picture: {reason}; leave it out") from None
+
+
+def read_picture(path: Path) -> Image.Image:
+    """RGB, the right way up. Raises what `opened_picture` does."""
+    with opened_picture(path) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def check_picture(path: Path) -> None:
+    """By its beginning alone: of many that would take long. Raises what `opened_picture` does."""
+    with opened_picture(path):
+        pass
+
+
 def save_png(
     image: Image.Image, path: str | Path, metadata: Mapping[str, str] | None = None
 ) -> Path:
@@ -390,19 +423,33 @@ def png_text(text: str) -> str:
 
 
 def read_png_text(path: Path) -> dict[str, str] | None:
-    """The metadata that `save_png` wrote; None where there is no whole PNG."""
+    """The metadata that `save_png` wrote; None where there is no whole PNG, and none of it where
+    that is larger than anything it wrote."""
     try:
         with path.open("rb") as file:
             file.seek(-len(PNG_END), io.SEEK_END)
             if file.read() != PNG_END:
                 return None
-        # .info has what stands before the pixels; .text would decode them to look behind
-        with Image.open(path, formats=("PNG",)) as image:
-            return {str(k): v for k, v in image.info.items() if isinstance(v, str)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            # .info has what stands before the pixels; .text would decode them to look behind
+            with Image.open(path, formats=("PNG",)) as image:
+                return {str(k): v for k, v in image.info.items() if isinstance(v, str)}
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        return {}
     except (OSError, ValueError, SyntaxError):  # what Pillow raises for a damaged file
         return None
 
 
+def was_cut(path: Path) -> bool:
+    """Of what is no whole PNG: whether it was going to be one, as a full disk leaves it."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return PNG_BEGINNING.startswith(file.read(len(PNG_BEGINNING)))
+
+
+PNG_BEGINNING = b"\x89PNG\r\n\x1a\n"
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 # --- tiles -------------------------------------------------------------------------------------

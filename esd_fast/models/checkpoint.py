@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -69,7 +70,9 @@ def open_safetensors(path: Path) -> Checkpoint:
 def unpickled(path: Path, allow_pickle: bool) -> Any:
     try:
         zipped = zipfile.is_zipfile(path)  # the older format cannot be mapped
-        return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+            return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
     except pickle.UnpicklingError as error:
         refused = refused_object(error)
         if refused and allow_pickle:
@@ -92,6 +95,10 @@ def unpickled_whole(path: Path, zipped: bool) -> Any:
     except ImportError as error:
         raise ValueError(
             f"{path} holds objects of a package that is not installed: {first_line(error)}"
+        ) from None
+    except Exception as error:  # noqa: BLE001  whatever its objects raise
+        raise ValueError(
+            f"{path} cannot be read: {type(error).__name__}: {first_line(error)}"
         ) from None
 
 

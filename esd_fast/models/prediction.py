@@ -59,7 +59,9 @@ def asked(unet: Any, null: Conditioning) -> str:
     weight = next(unet.parameters())
     side = min(int(unet.config.sample_size), 32)
     shape = (1, unet.config.in_channels, side, side)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    # device and dtype are said: a caller may have set others as torch's defaults
+    draw = torch.Generator("cpu").manual_seed(0)
+    noise = torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu")
     last = torch.tensor(999, device=weight.device)
     answer = predict_noise(unet, noise.to(weight), last, null)
     likeness = torch.corrcoef(torch.stack([answer.float().cpu().flatten(), noise.flatten()]))[0, 1]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .base import Described, Family
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import Checkpoint, first_line, open_checkpoint
 from .families import family_of, family_of_file
 from .folder import described_at
 from .prediction import declared, has_zero_snr
@@ -177,12 +177,14 @@ class Blank:
             if name == "unet":
                 # the UNet's converter looks for names anywhere in a key: it is given its own
                 own = {n: t for n, t in tensors.items() if n.startswith(UNET)}
-                yield name, converters.convert_ldm_unet_checkpoint(own, self.configs[name])
+                made = converters.convert_ldm_unet_checkpoint(own, self.configs[name])
             elif name == "vae":
                 own = {n: t for n, t in tensors.items() if n.startswith(VAE)}
-                yield name, converters.convert_ldm_vae_checkpoint(own, self.configs[name])
+                made = converters.convert_ldm_vae_checkpoint(own, self.configs[name])
             else:
-                yield name, converted_text_encoder(name, model, tensors)
+                made = converted_text_encoder(name, model, tensors)
+            # what a file lacks is None in some of theirs
+            yield name, {n: t for n, t in made.items() if t is not None}
 
 
 def converted_text_encoder(
@@ -227,10 +229,22 @@ def blank(configs: str, described: Described) -> Blank:
 
 def check_fits(checkpoint: Checkpoint, parts: Blank, ema: str) -> None:
     """ValueError where a component would not get exactly its tensors; by names and shapes."""
-    for component, tensors in parts.converted(chosen(checkpoint.tensors, ema)):
+    given = chosen(checkpoint.tensors, ema)
+    try:
+        converted = list(parts.converted(given))
+    except Exception as error:  # noqa: BLE001 -- what converters raise for what a file lacks
+        reason = f"no {error.args[0]}" if isinstance(error, KeyError) else first_line(error)
+        raise ValueError(
+            f"{checkpoint.path} does not fit its configuration: {reason}; --config FOLDER gives "
+            "another one"
+        ) from None
+    for component, tensors in converted:
         wanted = {n: t.shape for n, t in parts.models[component].state_dict().items()}
         missing = [n for n in wanted if n not in tensors]
         surplus = [n for n in tensors if n not in wanted and not n.endswith(UNUSED)]
+        if component == "unet":  # its converter passes over names that it does not know
+            taken = {id(t) for t in tensors.values()}
+            surplus += [n for n, t in given.items() if n.startswith(UNET) and id(t) not in taken]
         bent = [n for n in wanted if n in tensors and tensors[n].shape != wanted[n]]
         if missing or surplus or bent:
             example = (bent or missing or surplus)[0]
@@ -238,5 +252,5 @@ def check_fits(checkpoint: Checkpoint, parts: Blank, ema: str) -> None:
             raise ValueError(
                 f"{checkpoint.path} does not fit the {component} of its configuration: "
                 f"{len(missing)} tensors missing, {len(surplus)} unknown, {len(bent)} of another "
-                f"shape ({example}{shapes}); --config FOLDER gives another one"
+                f"shape ({example[:200]}{shapes}); --config FOLDER gives another one"
             )

@@ -54,7 +54,7 @@ def run(name: str, seconds: int, corpus: Path) -> int:
     told = [
         line
         for line in done.stderr.splitlines()
-        if line.startswith(("stat::", "SUMMARY")) or " DONE " in line or "INITED" in line
+        if line.startswith(("stat::", "SUMMARY")) or re.search(r"\b(DONE|INITED)\b", line)
     ]
     print(
         f"{name}: {'fault' if done.returncode else 'nothing found'}", *told, sep="\n  ", flush=True

@@ -7,6 +7,7 @@ The folder holds the three wheels unpacked, in folders sd_mecha, stable_diffusio
 open_clip_torch; einops and torchvision must be importable.
 """
 
+import argparse
 import json
 import sys
 from collections.abc import Iterable
@@ -92,7 +93,9 @@ def write(name: str, rows: Rows) -> None:
 
 
 if __name__ == "__main__":
-    wheels = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description="Write the key lists beside this file")
+    parser.add_argument("wheels", type=Path)
+    wheels = parser.parse_args().wheels
     write("sd15", from_mecha(wheels / MECHA / "sd1-ldm.yaml", ("ema",)))
     write("sd21", sd21(wheels))
     write("sdxl", from_mecha(wheels / MECHA / "sdxl-sgm.yaml", ()))

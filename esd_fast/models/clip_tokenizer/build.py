@@ -6,9 +6,9 @@ vocabulary that open-clip-torch carries: open_clip/bpe_simple_vocab_16e6.txt.gz.
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import json
-import sys
 from pathlib import Path
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -60,4 +60,8 @@ def build(vocabulary: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    build(Path(sys.argv[1]), Path(sys.argv[2]) if sys.argv[2:] else Path(__file__).parent)
+    parser = argparse.ArgumentParser(description="CLIP's tokenizer as transformers reads it")
+    parser.add_argument("vocabulary", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?", default=Path(__file__).parent)
+    given = parser.parse_args()
+    build(given.vocabulary, given.folder)
