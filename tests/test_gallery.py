@@ -1,11 +1,14 @@
 """Pictures as files: named, described, resumed, and laid side by side."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -18,13 +21,15 @@ from esd_fast.evaluation.gallery import (
     Variant,
     draw,
     folders_of,
+    metadata_of,
     rows_of,
     unfinished,
     write_pages,
 )
-from esd_fast.evaluation.pictures import save_png
+from esd_fast.evaluation.pictures import read_png_text, save_png
 from esd_fast.generate import Shot
 from esd_fast.prompt_list import Case
+from esd_fast.prompts import RESERVED, safe_name
 
 from . import pipelines
 from .pipelines import GOLDEN
@@ -62,6 +67,66 @@ def test_no_prompt_leads_out_of_the_folder_or_takes_anothers_name(tmp_path: Path
         assert len(name.encode()) <= 120
         (tmp_path / name).touch()
     assert len(list(tmp_path.iterdir())) == len(names)
+
+
+HOSTILE = st.lists(
+    st.one_of(
+        st.text(max_size=12),
+        st.sampled_from(
+            (*("../", "..\\", "/", "/etc/passwd", "C:\\", "~", "-rf ", ".", "\0", "\n", "\r", "\x1b[2J"),
+             *("%2e%2e%2f", "CON", "aux.txt", "nul", "COM1", "$HOME", "`id`", ";", "|", "*", "?", '"', "'"),
+             *("\u202e", "\u200b", "\ufeff", "\uff0f", "\u2215", "e\u0301", "\U0001f431\u200d", "\ud800"),
+             *("x" * 300, "猫" * 100, " ", "...", "<script>", "=1+1"))
+        ),
+    ),
+    min_size=1,
+    max_size=4,
+).map("".join)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(HOSTILE, min_size=1, max_size=5),
+    st.dictionaries(HOSTILE, HOSTILE, max_size=2),
+    st.none() | st.integers(0, 10**18),
+)
+def test_no_prompt_writes_outside_the_folder(
+    prompts: list[str], columns: dict[str, str], number: int | None
+) -> None:
+    """Pictures under names made of prompts, with all that their list says in the metadata."""
+    rows = rows_of([Case(text, number, number, columns) for text in prompts], 2, 0)
+    files = {file.name: (row, file) for row in rows for file in row.files}
+    with tempfile.TemporaryDirectory() as place:
+        out = Path(place) / "a" / "out"
+        run = prompts[0].encode(errors="ignore").replace(b"\0", b"")[:200].decode(errors="ignore")
+        (named,) = folders_of(out, [Path(run)], ["0" * 64])
+        assert named.parent == out
+        variant = Variant(named, None, {"model": prompts[0], "erased_concept": prompts[-1]})
+        named.mkdir(parents=True)
+        for name, (row, file) in files.items():
+            assert len(name.encode()) <= 120
+            assert name[0] not in "-."
+            save_png(Image.new("RGB", (1, 1)), named / name, metadata_of(row, file, variant))
+        everything = {p for p in Path(place).rglob("*") if not p.is_dir()}
+        assert everything == {named / name for name in files}
+        assert not unfinished(rows, variant, False)
+        for name, (_, file) in files.items():
+            told = read_png_text(named / name) or {}
+            lost = file.shot.prompt.replace("\0", "").replace("\ud800", "?")
+            assert told["prompt"] == lost.encode("utf-8", "replace").decode()
+
+
+@settings(max_examples=60, deadline=None)
+@given(HOSTILE, HOSTILE, HOSTILE)
+def test_names_of_results_are_names(concept: str, source: str, method: str) -> None:
+    """Of erasures, and of what `train`, `collect` and `attack` write: a part of a path, and no option."""
+    told = {"concept": concept, "erase_from": source, "method": method}
+    for name in (Erasure({}, told).file_name, safe_name(concept), f"{safe_name(source)}-after"):
+        assert Path(name).name == name
+        assert name[0] not in "-.~"
+        assert len(f"{name}.part".encode()) <= 255
+        assert all(c.isprintable() and c not in "<>:\"/\\|?*%$`'" for c in name)
+        assert name.split(".")[0].upper() not in RESERVED
 
 
 def test_names_of_cases_are_the_references() -> None:

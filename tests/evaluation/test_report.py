@@ -11,9 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from scipy.stats import binomtest
 
+from esd_fast.evaluation.eval_page import render_evaluation
 from esd_fast.evaluation.intervals import wilson_interval
 from esd_fast.evaluation.markup import Html, duration, element, percent
 from esd_fast.evaluation.pictures import loss_curve, save_png
@@ -166,6 +169,37 @@ def test_any_string_is_text_and_nothing_else(tmp_path, payload):
     assert page.text.count(seen) >= 12
     if "\ud800" not in payload:
         assert data["concept"] == payload
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(st.characters(codec=None), min_size=1, max_size=40))
+def test_any_text_comes_back_as_it_was(text):
+    page = Page(element("p", text, title=text, data_of=text))
+    seen = "".join(c if c >= " " or c in "\t\n" else "\ufffd" for c in text)
+    assert page.elements == [("p", {"title": seen, "data-of": seen})]
+    assert page.text.removeprefix("\n") == seen
+    assert page.open == []
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_any_string_is_text_on_the_page_of_an_evaluation(payload):
+    def read(text):
+        rates = {"UA": {"before": 0.5, "after": 0.25, "images": 4}}
+        told = {
+            "erasures": {text: {"concept": text, "erased": [text], "file": text}},
+            "metrics": {"judge": {"detector": text, "version": text, "by_erasure": {text: rates}}},
+            "not_measured": {text: text},
+            "pictures": {"model": text, "images": 3, text: text},
+            "versions": {text: text},
+        }
+        return Page(render_evaluation(told, None, {text: None}))
+
+    plain, page = read("cat"), read(payload)
+    assert page.open == []
+    assert {tag for tag, _ in page.elements} <= {tag for tag, _ in plain.elements} | {"br"}
+    names = [{name for _, attrs in p.elements for name in attrs} for p in (page, plain)]
+    assert names[0] <= names[1]
+    assert page.text.count(payload.replace("\x00", "\ufffd").replace("\x1b", "\ufffd")) >= 8
 
 
 def test_nothing_is_fetched_and_nothing_runs(tmp_path):
