@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -27,6 +28,8 @@ USAGE = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsA
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
+    # Pillow's, of pictures that evaluation/pictures.py then refuses
+    warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
     try:
         return int(arguments.run(arguments) or 0)
     except KeyboardInterrupt:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 import unicodedata
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ WHITE, INK, MUTED, HAIR = "#ffffff", "#16181d", "#6b7280", "#e5e7eb"
 KIND_COLOURS = {"erased": "#be123c", "kept": "#0f766e", "style": "#6d28d9"}
 ERASED_BAND = "#fff1f2"
 SMALLEST, LARGEST = 128, 256  # pixels of a tile's longer side
+MOST_PIXELS = 2**26  # of a picture that is read
 README_WIDTH = 1000  # text is sized to be read when the picture is shown this wide
 Font = ImageFont.FreeTypeFont
 
@@ -377,16 +377,21 @@ def opened_picture(path: Path) -> Iterator[Image.Image]:
     """Within: the picture, whose pixels are read when they are asked for. Raises ValueError, naming
     the file, where it is none, is damaged, or holds more pixels than anybody draws."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            # by name: Pillow would start Ghostscript for an EPS, whatever the file is called
-            with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
-                yield image
+        # by name: Pillow would start Ghostscript for an EPS, whatever the file is called
+        with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
+            check_pixels(image)
+            yield image
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise ValueError(f"{path} has too many pixels for a picture; leave it out") from None
     except Exception as error:  # noqa: BLE001 -- Pillow has no error of its own for a damaged file
         reason = one_line(str(error)) or type(error).__name__
         raise ValueError(f"{path} is no whole picture: {reason}; leave it out") from None
+
+
+def check_pixels(image: Image.Image) -> None:
+    """Pillow itself raises at twice as many, and warns in between (commands keep that quiet)."""
+    if image.width * image.height > MOST_PIXELS:
+        raise Image.DecompressionBombError
 
 
 def read_picture(path: Path) -> Image.Image:
@@ -430,11 +435,10 @@ def read_png_text(path: Path) -> dict[str, str] | None:
             file.seek(-len(PNG_END), io.SEEK_END)
             if file.read() != PNG_END:
                 return None
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            # .info has what stands before the pixels; .text would decode them to look behind
-            with Image.open(path, formats=("PNG",)) as image:
-                return {str(k): v for k, v in image.info.items() if isinstance(v, str)}
+        # .info has what stands before the pixels; .text would decode them to look behind
+        with Image.open(path, formats=("PNG",)) as image:
+            check_pixels(image)
+            return {str(k): v for k, v in image.info.items() if isinstance(v, str)}
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         return {}
     except (OSError, ValueError, SyntaxError):  # what Pillow raises for a damaged file

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import re
-import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -70,9 +69,7 @@ def open_safetensors(path: Path) -> Checkpoint:
 def unpickled(path: Path, allow_pickle: bool) -> Any:
     try:
         zipped = zipfile.is_zipfile(path)  # the older format cannot be mapped
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
-            return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
+        return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
     except pickle.UnpicklingError as error:
         refused = refused_object(error)
         if refused and allow_pickle:
