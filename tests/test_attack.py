@@ -333,6 +333,6 @@ def test_other_bad_input(
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "no.png").write_text("no picture")
     assert run(erased_cat, *QUICK, "--train-data-dir", "pictures") == 2
-    assert "no.png is no picture" in capsys.readouterr().err
+    assert "no.png is no whole picture" in capsys.readouterr().err
     assert run(erased_cat, *QUICK, "--initializer-token", "a cat") == 2
     assert "initializer is 'a cat'; it must be one token" in capsys.readouterr().err
