@@ -134,6 +134,10 @@ BAD: dict[str, list[str]] = {
     "a": ["", "a\0b", "./gone", "folder", "file", "cut.safetensors"],
     "b": ["", "a\0b", "./gone", "folder", "file", "cut.safetensors"],
     "path": ["", "a\0b", "gone", "file", "folder", "loop", "cut.safetensors"],
+    # fleet
+    "jobs": ["", "a\0b", "gone", "folder", "file", "loop", "binary", "blank"],
+    "workers": COUNT,
+    "address": FREE,  # Ray's
     # flags
     **dict.fromkeys(
         ("overwrite", "allow_pickle", "allow_other_base", "no_grid", "json", "debug"), FLAG
@@ -169,6 +173,7 @@ RIGHT: dict[str, list[str]] = {
     "diff": ["good.safetensors", "good.safetensors"],
     "info": ["good.safetensors"],
     "plan": ["--model", "tiny"],
+    "fleet": ["jobs.jsonl", *QUICK, "--iterations", "1", "--output", "o"],
 }  # fmt: skip
 # with what an argument can be said at all, in place of the above
 INSTEAD: dict[tuple[str, str], list[str]] = {
@@ -229,6 +234,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     good = Erasure(tensors, {"concept": "cat", "method": "esd-x"}).save(place / "good.safetensors")
     (place / "cut.safetensors").write_bytes(good.read_bytes()[:-5])
     (place / "file").write_text("nothing of use")
+    (place / "jobs.jsonl").write_text('{"concept": "cat"}\n')
     (place / "binary").write_bytes(b"\xff\xfe\0\1")
     (place / "blank").write_text(" \n\n")
     (place / "folder").mkdir()
@@ -305,8 +311,9 @@ def test_what_is_right_is_not_refused(
         raise Loaded
 
     monkeypatch.chdir(world)
-    for home in ("esd_fast.models.load_model", "esd_fast.export.base.open_base"):
-        monkeypatch.setattr(home, loaded)
+    first_look = {"fleet": "models.look_at"}.get(command, "models.load_model")
+    for home in (first_look, "export.base.open_base"):
+        monkeypatch.setattr(f"esd_fast.{home}", loaded)
     if command in ("diff", "info", "plan"):
         assert main([command, *RIGHT[command]]) == 0
     else:

@@ -237,7 +237,9 @@ def test_a_worker_that_cannot_begin() -> None:
         ("concept\ncat\n", ["--device", "cuda:1"], "--device is 'cuda:1'; it must be auto, cpu"),
         ("concept\ncat\n", ["--model", "/nowhere/at/all"], "model '/nowhere/at/all' does not"),
         ("concept\ncat\n", ["--output", MODEL], "lies in the model's own folder"),
-        ("concept\ncat\n", ["--iterations", "0"], "1 line cannot be run"),
+        ("concept\ncat\n", ["--iterations", "0"], "jobs.csv, line 2: iterations is 0; it must be"),
+        ("concept\ncat\na\n", ["--iterations", "0"], "jobs.csv, every line: iterations is 0; it"),
+        ("concept,seed\ncat,x\ndog,1\n", [], "1 line cannot be run as it stands"),
     ],
 )
 def test_bad_arguments_start_nothing(
@@ -254,11 +256,11 @@ def test_bad_arguments_start_nothing(
 def test_many_problems_are_not_all_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert fleet(tmp_path, "concept,seed\n" + "cat,x\n" * 500) == 2
+    assert fleet(tmp_path, "concept,seed\n" + "cat,x\n" * 500 + "dog,y\n") == 2
     shown = capsys.readouterr().err.splitlines()
     assert len(shown) == 22
     assert shown[0].endswith("line 2: seed is 'x'; it must be a whole number")
-    assert shown[20] == "... and 480 more"
+    assert shown[20] == "... and 481 more"
 
 
 def test_without_ray_it_says_what_to_install(

@@ -54,8 +54,10 @@ class BadJobs(ValueError):
     """`problems`: a line for each job that cannot be run."""
 
     def __init__(self, path: Path, problems: list[str]) -> None:
-        count = f"{len(problems)} line{'s' if len(problems) > 1 else ''}"
-        super().__init__(f"{path}: {count} cannot be run as they stand; nothing was started")
+        those = "1 line cannot be run as it stands"
+        if len(problems) > 1:
+            those = f"{len(problems)} lines cannot be run as they stand"
+        super().__init__(f"{path}: {those}; nothing was started")
         self.problems = problems
 
 
@@ -86,6 +88,9 @@ def read_jobs(path: Path, model: str | None, defaults: Mapping[str, Any]) -> lis
         except ValueError as error:
             problems.append((row.line, str(error)))
     problems += doubles(jobs)
+    if len(problems) == len(rows) and len({text for _, text in problems}) == 1:
+        where = f"line {rows[0].line}" if len(rows) == 1 else "every line"  # a setting of all, then
+        raise ValueError(f"{path}, {where}: {problems[0][1]}; nothing was started")
     if problems:
         raise BadJobs(path, [f"{path}, line {line}: {text}" for line, text in sorted(problems)])
     if not jobs:
