@@ -114,7 +114,9 @@ def erase_tab(place: Place) -> EraseTab:
                 elem_id="pace",
             )
             with gr.Accordion("More settings", open=False, elem_id="more"):
-                preset = gr.Dropdown(choices=list(PRESETS), value="fast", label="Recipe")
+                preset = gr.Dropdown(
+                    choices=list(PRESETS), value="fast", label="Recipe", elem_id="preset"
+                )
                 # 0, not empty: in a closed accordion Gradio makes 0 of an empty one
                 iterations = gr.Number(
                     label="Steps (0: the recipe's)",
@@ -123,8 +125,10 @@ def erase_tab(place: Place) -> EraseTab:
                     minimum=0,
                     elem_id="iterations",
                 )
-                rate = gr.Number(label="Learning rate (0: the recipe's)", value=0, minimum=0)
-                seed = gr.Number(label="Seed", value=0, precision=0, minimum=0)
+                rate = gr.Number(
+                    label="Learning rate (0: the recipe's)", value=0, minimum=0, elem_id="rate"
+                )
+                seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, elem_id="seed")
                 proof = gr.Radio(
                     choices=[(words, name) for name, words in PROOF_NAMES.items()],
                     value="measured",
@@ -137,7 +141,7 @@ def erase_tab(place: Place) -> EraseTab:
             plan = gr.HTML(nothing("The plan is shown here, before anything starts."))
             start = gr.Button("Start erasing", variant="primary", visible=False, elem_id="start")
             gr.Markdown("### Your jobs")
-            which = gr.Dropdown(label="Which one", visible=False, elem_id="which")
+            which = gr.Dropdown(label="Which job to cancel", visible=False, elem_id="which")
             cancel = gr.Button("Cancel, and keep the work", visible=False, elem_id="cancel")
             jobs = gr.HTML(nothing("Nothing was started from this browser yet."), elem_id="jobs")
     wish = gr.State(None)

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from esd_fast.config import EraseConfig
     from esd_fast.erasure import Erasure
     from esd_fast.esd import Progress
+    from esd_fast.evaluation.markup import Html
     from esd_fast.evaluation.pictures import GridRow
     from esd_fast.evaluation.proof import Proof
     from esd_fast.models import Model
@@ -29,19 +31,31 @@ FIRST_LOOK = 0.2  # of the steps, before pictures are drawn for the first time
 SHARE = 0.2  # of the time that pictures on the way may take
 
 
+@dataclass(frozen=True, eq=False)
+class Look:
+    """One picture of each prompt, before and as it is after `step` steps."""
+
+    rows: tuple[GridRow, ...]
+    step: int
+
+    @cached_property
+    def html(self) -> Html:
+        """Made once: it is sent every second."""
+        from .shown import before_and_now
+
+        return before_and_now(self)
+
+
 @dataclass(frozen=True)
 class Seen:
     """What a watcher is shown of a job."""
 
     phase: str
-    """"load", "draw before", "collect", "fit", "draw after"."""
+    """"load", "draw before", "prepare", "collect", "fit", "draw after"."""
     done: int = 0
     total: int = 0
     losses: tuple[float, ...] = ()
-    rows: tuple[GridRow, ...] = ()
-    """One picture of each prompt, before and as it is now."""
-    step: int = 0
-    """After which the pictures were drawn."""
+    look: Look | None = None
     began: float = 0.0
     """time.monotonic(), of the phase."""
 
@@ -75,7 +89,10 @@ class Erasing:
             proof = proof_of(model, config, self.wish.proof)
             before = self.drawn(job, model, proof, "draw before")
             drawn = time.time()
-            folder = self.resume or self.library.new_folder(config.concepts, self.owner)
+            self.tell(job, Seen("prepare", began=time.monotonic()))
+            folder = self.resume or self.library.new_folder(
+                config.concepts, self.owner, proof=self.wish.proof
+            )
             erasure, why = None, None
             try:
                 watch = self.watcher(job, model, proof, before)
@@ -87,11 +104,9 @@ class Erasing:
                 if erasure is None and self.resume is None:
                     self.library.discard(folder)
             if erasure is None:
-                raise Cancelled(
-                    "Stopped before a step was taken: "
-                    + ("it is as it was." if self.resume else "there is nothing to keep.")
-                )
+                raise self.came_to_nothing()
             save(erasure, folder)
+            self.library.forget_exports(folder)
             job.result = folder.name
             if why is None:
                 forget_checkpoints(folder)
@@ -103,6 +118,9 @@ class Erasing:
                 with contextlib.suppress(Cancelled):  # the erasure is there all the same
                     after = self.drawn(job, model, proof, "draw after")
                 report["seconds"]["draw_after"] = time.time() - trained
+                if after:
+                    look = Look(tuple(proof.rows(before, after)), len(self.losses))
+                    self.tell(job, Seen("draw after", losses=tuple(self.losses), look=look))
             write(folder, report, proof, before, after, erasure, started)
             if why is not None:
                 taken = len(erasure.manifest["losses"])
@@ -114,6 +132,7 @@ class Erasing:
         from esd_fast.run_state import config_in, newest_state
 
         state = newest_state(self.resume)
+        self.losses[:] = state.losses
         return state, config_in(state)
 
     def report(self, erasure: Erasure, model: Model) -> dict[str, Any]:
@@ -121,14 +140,20 @@ class Erasing:
 
         return report_of(erasure, model)
 
+    def came_to_nothing(self) -> Cancelled:
+        why = "it is as it was." if self.resume else "there is nothing to keep."
+        return Cancelled(f"Stopped before a step was taken: {why}")
+
     def drawn(self, job: Job, model: Model, proof: Proof, phase: str) -> list[Any]:
         """Raises Cancelled between two batches."""
+        if not proof.shots:
+            return []
         began = time.monotonic()
 
         def tell(done: int, total: int) -> None:
             self.tell(job, Seen(phase, done, total, tuple(self.losses), began=began))
             if job.cancelled:
-                raise Cancelled("Stopped while it drew.")
+                raise self.came_to_nothing()
             self.studio.turns.give_way()
 
         tell(0, len(proof.shots))
@@ -158,7 +183,7 @@ class Erasing:
             if progress.phase == "fit" and look.shots and self.time_to_look(progress):
                 now = time.monotonic()
                 rows = look.rows(firsts, look.draw(model.pipeline, lambda *_: None))
-                self.tell(job, replace(seen, rows=tuple(rows), step=progress.done))
+                self.tell(job, replace(seen, look=Look(tuple(rows), progress.done)))
                 self.next_look = time.monotonic() + (time.monotonic() - now) * (1 / SHARE - 1)
             self.studio.turns.give_way()
 
@@ -170,8 +195,8 @@ class Erasing:
 
     def tell(self, job: Job, seen: Seen) -> None:
         """Pictures stay until there are newer ones."""
-        if not seen.rows and isinstance(job.progress, Seen):
-            seen = replace(seen, rows=job.progress.rows, step=job.progress.step)
+        if seen.look is None and isinstance(job.progress, Seen):
+            seen = replace(seen, look=job.progress.look)
         job.progress = seen
 
 

@@ -19,8 +19,10 @@ from esd_fast.prompts import file_part, safe_name
 
 from .limits import Limits, hide_paths
 from .models_offered import OfferedModels
+from .wishes import PROOFS
 
 NOTE = "app.json"
+READ = (NOTE, "manifest.json", "report.html", "report.json", "exports")
 LONGEST = 200  # characters of a text that came with a file
 UNET_PARTS = (
     *("conv_in.", "conv_out.", "conv_norm_out.", "time_embedding.", "add_embedding."),
@@ -48,6 +50,8 @@ class Entry:
     steps: int | None
     interrupted: bool
     resumable: bool
+    proof: str
+    """What was asked to be drawn, and will be where it is gone on with."""
 
     @property
     def key(self) -> str:
@@ -92,18 +96,29 @@ class Library:
                 return entry
         raise FileNotFoundError("there is no such erasure")
 
-    def new_folder(self, concepts: tuple[str, ...], owner: str, *, imported: bool = False) -> Path:
+    def new_folder(
+        self,
+        concepts: tuple[str, ...],
+        owner: str,
+        *,
+        imported: bool = False,
+        proof: str = "none",
+    ) -> Path:
         """For one that is being made: listed once its delta is there."""
         name = f"{safe_name(file_part(concepts), 40)}-{secrets.token_hex(4)}"
         folder = self.folder / name
         folder.mkdir()
-        note = {"owner": owner, "created": time.time(), "imported": imported}
+        note = {"owner": owner, "created": time.time(), "imported": imported, "proof": proof}
         write_atomically(folder / NOTE, json.dumps(note).encode())
         return folder
 
     def discard(self, folder: Path) -> None:
         """Nothing came of it."""
         shutil.rmtree(folder, ignore_errors=True)
+
+    def forget_exports(self, folder: Path) -> None:
+        """The erasure there is another now."""
+        shutil.rmtree(folder / "exports", ignore_errors=True)
 
     def bring(self, file: Path, name: str, owner: str) -> Entry:
         """An uploaded file, which goes from its place into the library; `name` as it was called.
@@ -144,6 +159,8 @@ class Library:
         if format not in DOWNLOADS:
             raise ValueError(f"format is {format!r}; it must be one of {', '.join(DOWNLOADS)}")
         target = entry.folder / "exports" / f"{format}.safetensors"
+        if leads_out(target, self.folder):
+            raise FileNotFoundError("there is no such file")
         if not target.exists():
             from esd_fast.erasure import load
             from esd_fast.export import export
@@ -155,11 +172,13 @@ class Library:
 
 
 def entry_at(folder: Path) -> Entry | None:
-    """None where no erasure lies there (yet), or its file is damaged."""
+    """None where no erasure lies there (yet), its file is damaged, or a link leads elsewhere."""
     from esd_fast.erasure import delta_in
 
     try:
         delta = delta_in(folder)
+        if any(leads_out(path, folder.parent) for path in (delta, *(folder / n for n in READ))):
+            return None
         told = manifest_of(folder, delta)
         note = json_in(folder / NOTE)
         created = float(note.get("created", delta.stat().st_mtime))
@@ -178,7 +197,13 @@ def entry_at(folder: Path) -> Entry | None:
         steps=len(losses) if isinstance(losses, list) else None,
         interrupted=told.get("interrupted") is True,
         resumable=any(folder.glob("checkpoint-*.safetensors")),
+        proof=note["proof"] if note.get("proof") in PROOFS else "none",
     )
+
+
+def leads_out(path: Path, root: Path) -> bool:
+    """Whether links on the way to `path` end outside `root`."""
+    return not path.resolve().is_relative_to(root.resolve())
 
 
 def manifest_of(folder: Path, delta: Path) -> Mapping[str, Any]:

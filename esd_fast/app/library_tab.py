@@ -77,7 +77,7 @@ def library_tab(place: Place, erasing: EraseTab) -> LibraryTab:
             raise ValueError("this run is finished")
         if any(job.undone and job.result == entry.key for job in place.jobs.jobs):
             raise ValueError("it is being gone on with already")
-        wish = Wish(entry.concept, model=entry.model)
+        wish = Wish(entry.concept, model=entry.model, proof=entry.proof)
         parts = (wish, owner, place.offered, place.library, place.studio)
         job = place.jobs.submit(owner, entry.concept, Erasing(*parts, resume=entry.folder))
         job.result = entry.key

@@ -36,6 +36,7 @@ def page(place: Place) -> gr.Blocks:
                 library = library_tab(place, erasing)
 
         say = saying(place)
+        models = (erasing.model, trying.model)  # the owner may have put others into the folder
 
         @say
         def opened(request: gr.Request) -> list[Any]:
@@ -44,6 +45,7 @@ def page(place: Place) -> gr.Blocks:
                 *erasing.look(None, owner),
                 *library.look(owner),
                 trying.choices(None, owner),
+                *(gr.Dropdown(choices=place.offered.labels()) for _ in models),
             ]
 
         @say
@@ -59,7 +61,7 @@ def page(place: Place) -> gr.Blocks:
             return library.look(owner_of(request))
 
         hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        everything = [*erasing.watched, *library.listed, trying.erasures]
+        everything = [*erasing.watched, *library.listed, trying.erasures, *models]
         blocks.load(opened, None, everything, **hidden)
         first.select(watch_again, [erasing.which], erasing.watched, **hidden)
         second.select(choose, [trying.erasures], [trying.erasures], **hidden)
@@ -74,4 +76,4 @@ def theme() -> Any:
         neutral_hue="slate",
         font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
-    )
+    ).set(body_text_color_subdued="*neutral_500")  # its own is too pale to read

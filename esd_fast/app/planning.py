@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 COLUMNS = 2  # pictures of a prompt in a report
 TOGETHER = 8  # drawn at once: between two batches a job can be stopped, and others let go first
-PROBE_ITERATIONS, PROBE_STEPS = 3, 4
+PROBE_ITERATIONS, PROBE_STEPS, PROBE_WORDS = 3, 4, 7
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Pace:
 
     collect_pass: float
     fit_pass: float
+    word: float
+    """To encode one that updates are held to; 0 where they are not."""
     picture: float
     """One that is drawn in the steps that a report's are; 0 where none are drawn."""
 
@@ -45,13 +48,16 @@ class Plan:
     all_weights: int
     collect_passes: int
     fit_passes: int
+    words: int
+    """That updates are held to (`keep_vocabulary`)."""
     pictures: int
     """Drawn before, and again after."""
     pace: Pace
 
     @property
     def training_seconds(self) -> float:
-        return self.collect_passes * self.pace.collect_pass + self.fit_passes * self.pace.fit_pass
+        passes = self.collect_passes * self.pace.collect_pass + self.fit_passes * self.pace.fit_pass
+        return passes + self.words * self.pace.word
 
     @property
     def drawing_seconds(self) -> float:
@@ -76,6 +82,7 @@ def plan_of(wish: Wish, offered: OfferedModels, studio: Studio, limits: Limits) 
         model = studio.at_hand(wish.model)
         proof = proof_of(model, config, wish.proof)
         names = trainable_names(model.unet, config.train_method, model.family.name)
+        words = words_held_to(model, config, names)
         parameters = dict(model.unet.named_parameters())
         scheduler = scheduler_for(model.pipeline.scheduler, config)
         shape = model.latent_shape(config.resolution)
@@ -90,28 +97,47 @@ def plan_of(wish: Wish, offered: OfferedModels, studio: Studio, limits: Limits) 
             weights=sum(parameters[n].numel() for n in names),
             all_weights=sum(p.numel() for p in parameters.values()),
             collect_passes=passes_of(config, asked, Trajectories(rollouts)),
-            fit_passes=2 * config.iterations * config.batch_size,
+            fit_passes=2 * config.iterations * config.samples_a_step,
+            words=len(words),
             pictures=len(proof.shots),
-            pace=pace_of(model, config, proof),
+            pace=pace_of(model, config, words, proof),
         )
 
 
-def pace_of(model: Model, config: EraseConfig, proof: Proof) -> Pace:
+def words_held_to(model: Model, config: EraseConfig, names: Sequence[str]) -> list[str]:
+    from esd_fast.vocabulary import reads_text, without, words_of
+
+    if not config.keep_vocabulary or not any(reads_text(model.unet, name) for name in names):
+        return []
+    return without(words_of(model.pipeline.tokenizer), config.concepts)
+
+
+def pace_of(model: Model, config: EraseConfig, words: list[str], proof: Proof) -> Pace:
     """A short run of the same kind, the second of two, since the first warms up; the model is as
-    it was afterwards."""
+    it was afterwards. It is held to a few words, since they cost time before the first pass."""
     from esd_fast.esd import run
 
     short = replace(config, iterations=PROBE_ITERATIONS, num_inference_steps=PROBE_STEPS)
+    few = words[:PROBE_WORDS]
     for _ in range(2):
-        erasure = run(model, short)
+        erasure = run(model, short, words=few or None)
         erasure.revert(model.pipeline)
         told = erasure.manifest
     seconds, passes = told["seconds"], told["unet_passes"]
     return Pace(
-        seconds["collect"] / max(1, passes["collect"]),
-        seconds["fit"] / passes["fit"],
-        picture_seconds(model, proof) if proof.shots else 0.0,
+        collect_pass=seconds["collect"] / max(1, passes["collect"]),
+        fit_pass=seconds["fit"] / passes["fit"],
+        word=word_seconds(model, few, told["resolution"]) if few else 0.0,
+        picture=picture_seconds(model, proof) if proof.shots else 0.0,
     )
+
+
+def word_seconds(model: Model, words: Sequence[str], resolution: int) -> float:
+    from esd_fast.vocabulary import second_moment
+
+    began = time.perf_counter()
+    second_moment(model, words, resolution)
+    return (time.perf_counter() - began) / (len(words) + 1)  # the empty prompt is one, too
 
 
 def picture_seconds(model: Model, proof: Proof) -> float:

@@ -15,7 +15,7 @@ from .library import DOWNLOADS, Entry
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .erasing import Seen
+    from .erasing import Look, Seen
     from .jobs import Job
     from .planning import Plan
     from .studio import Pair, Scene
@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 PHASES = {
     "load": ("Loading the model", ""),
     "draw before": ("Drawing pictures before", "picture"),
+    "prepare": ("Getting ready to train", ""),
     "collect": ("Collecting what the model knows", "pass"),
     "fit": ("Training", "step"),
     "draw after": ("Drawing pictures after", "picture"),
 }
+WITH_PICTURES = 2  # of the jobs shown: those of older ones are in their reports
 STATES = {
     "waiting": "waiting",
     "running": "running",
@@ -103,11 +105,14 @@ def fact_list(facts: Sequence[tuple[str, object]]) -> Html:
 def jobs_list(jobs: Sequence[Job], ahead: Sequence[int]) -> Html:
     if not jobs:
         return nothing("Nothing was started from this browser yet.")
-    cards = [job_card(job, before) for job, before in zip(jobs, ahead, strict=True)]
+    cards = [
+        job_card(job, before, pictures=job.undone or number < WITH_PICTURES)
+        for number, (job, before) in enumerate(zip(jobs, ahead, strict=True))
+    ]
     return element("div", *cards, class_="esd-jobs")
 
 
-def job_card(job: Job, ahead: int) -> Html:
+def job_card(job: Job, ahead: int, pictures: bool) -> Html:
     heading = element(
         "h3",
         user_text(job.title),
@@ -130,8 +135,8 @@ def job_card(job: Job, ahead: int) -> Html:
         body.append(element("p", link, " · it is in the library, and can be tried."))
     if seen is not None and seen.losses:
         body.append(curve(seen.losses, seen.total if seen.phase == "fit" else len(seen.losses)))
-    if seen is not None and seen.rows:
-        body.append(before_and_now(seen))
+    if seen is not None and seen.look is not None and pictures:
+        body.append(seen.look.html)
     return element("article", *body, class_="esd-card", id=f"job-{job.key}")
 
 
@@ -175,7 +180,7 @@ def curve(losses: Sequence[float], total: int) -> Html:
     return element("figure", svg, element("figcaption", words), class_="esd-curve")
 
 
-def before_and_now(seen: Seen) -> Html:
+def before_and_now(look: Look) -> Html:
     from esd_fast.evaluation.pictures import tile
 
     cells = [
@@ -189,9 +194,9 @@ def before_and_now(seen: Seen) -> Html:
             element("figcaption", user_text(row.label)),
             class_="esd-erased" if row.kind == "erased" else None,
         )
-        for row in seen.rows
+        for row in look.rows
     ]
-    note = f"Before at the left, after {seen.step} steps at the right, from the same noise."
+    note = f"Before at the left, after {look.step} steps at the right, from the same noise."
     return element(
         "div",
         element("div", *cells, class_="esd-pairs"),

@@ -26,6 +26,7 @@ class TryTab:
     """What the page needs of it."""
 
     erasures: gr.Dropdown
+    model: gr.Dropdown
     place: Place
 
     def choices(self, chosen: Sequence[str] | None, owner: str) -> Any:
@@ -72,23 +73,47 @@ def try_tab(place: Place) -> TryTab:
                 elem_id="try-strength",
             )
             with gr.Row():
-                seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, min_width=90)
+                seed = gr.Number(
+                    label="Seed",
+                    value=0,
+                    precision=0,
+                    minimum=0,
+                    min_width=90,
+                    elem_id="try-seed",
+                )
                 images = gr.Slider(
-                    1, limits.images, value=2, step=1, label="Pictures", min_width=120
+                    *(1, limits.images),
+                    value=2,
+                    step=1,
+                    label="Pictures",
+                    min_width=120,
+                    elem_id="images",
                 )
             with gr.Row():
                 steps = gr.Slider(
-                    1, limits.num_inference_steps, value=25, step=1, label="Steps", min_width=120
+                    *(1, limits.num_inference_steps),
+                    value=25,
+                    step=1,
+                    label="Steps",
+                    min_width=120,
+                    elem_id="steps",
                 )
                 guidance = gr.Slider(
-                    0, limits.guidance_scale, value=4.0, step=0.5, label="Guidance", min_width=120
+                    *(0, limits.guidance_scale),
+                    value=4.0,
+                    step=0.5,
+                    label="Guidance",
+                    min_width=120,
+                    elem_id="guidance",
                 )
-            other = gr.Checkbox(label="Also on weights that it was not trained on", value=False)
+            other = gr.Checkbox(
+                label="Allow another model than the one it was made on", value=False
+            )
             draw = gr.Button("Draw", variant="primary", elem_id="draw")
         with gr.Column(scale=6, min_width=320):
             shown = gr.HTML(nothing(HINT), elem_id="tried")
     drawn = gr.State(False)
-    tab = TryTab(erasures, place)
+    tab = TryTab(erasures, model, place)
     asked = [erasures, model, prompt, strength, seed, images, steps, guidance, other]
 
     @say

@@ -31,6 +31,18 @@ def job_of(place, wish, resume=None):
     return Job("me", "cat", Erasing(*parts, resume=resume))
 
 
+def watched(job):
+    """All that a watcher is shown, in a list that fills."""
+    seen, tell = [], job.work.tell
+
+    def telling(job, now):
+        tell(job, now)
+        seen.append(job.progress)
+
+    job.work.tell = telling
+    return seen
+
+
 def delta(place, key):
     (file,) = (place.library.folder / key).glob("esd-*.safetensors")
     return load_file(file)
@@ -45,6 +57,7 @@ def test_watched_and_drawn_meanwhile_it_is_the_same(place):
     """Pictures on the way are drawn with the UNet in training, others with the studio's in turn."""
     wish = Wish("cat", iterations=6, proof="pictures")
     job = job_of(place, wish)
+    seen = watched(job)
     scene = Scene("embedded", "a cat", num_inference_steps=2)
     drawn = []
     drawing = threading.Thread(
@@ -54,8 +67,11 @@ def test_watched_and_drawn_meanwhile_it_is_the_same(place):
     job.work(job)
     drawing.join(WAIT)
     assert drawn
-    assert job.progress.rows  # somebody saw pictures
-    assert job.progress.step
+    early = next(s.look for s in seen if s.look)
+    assert 0 < early.step < 6  # somebody saw pictures on the way
+    assert job.progress.look.step == 6  # and those of the end
+    for row in (*early.rows, *job.progress.look.rows):
+        assert len(row.before) == len(row.after) == 1
     plain = esd_fast.erase(None, "cat", iterations=6)
     assert same(delta(place, job.result), plain.tensors)
     assert list(job.progress.losses) == plain.manifest["losses"]
@@ -81,8 +97,11 @@ def test_stopped_keeps_what_it_has_and_goes_on_to_the_same_end(place):
         job.work(job)
     (entry,) = place.library.entries("me")
     assert (entry.steps, entry.interrupted, entry.resumable) == (3, True, True)
+    early = load_file(place.library.download(entry, "lora")[0])
     second = job_of(place, wish, resume=entry.folder)
     second.work(second)
+    assert len(second.progress.losses) == 6
+    assert not same(load_file(place.library.download(entry, "lora")[0]), early)
     (entry,) = place.library.entries("me")
     assert (entry.steps, entry.interrupted, entry.resumable) == (6, False, False)
     assert same(delta(place, entry.key), esd_fast.erase(None, "cat", iterations=6).tensors)

@@ -56,6 +56,22 @@ def test_what_is_being_made_is_not_listed(library):
     assert library.entries("me") == []
 
 
+def test_links_out_of_the_folder_lead_nowhere(library, erased, tmp_path):
+    erased.save(tmp_path / "elsewhere" / "run")
+    (tmp_path / "secret.txt").write_text("secret")
+    (library.folder / "linked").symlink_to(tmp_path / "elsewhere" / "run")
+    for name in ("report.html", "report.json", "manifest.json", "app.json", "exports"):
+        link = made(library, erased, "me") / name
+        link.unlink(missing_ok=True)
+        link.symlink_to(tmp_path / "secret.txt")
+    assert library.entries("me") == []
+    plain = library.get(made(library, erased, "me").name, "me")
+    (plain.folder / "exports").mkdir()
+    (plain.folder / "exports" / "lora.safetensors").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(FileNotFoundError):
+        library.download(plain, "lora")
+
+
 def test_names_are_safe(library):
     folders = [library.new_folder((text,), "me") for text in ("AC/DC", "../..", "CON", "猫" * 200)]
     assert {f.parent for f in folders} == {library.folder}
