@@ -14,6 +14,12 @@ from .cookies import owner_in
 from .place import Place
 
 
+def still(chosen: object, keys: list[str]) -> dict[str, Any]:
+    """For a list whose choices change. What is chosen stays unsaid where it may stay: an answer
+    under way would undo what was chosen meanwhile."""
+    return {} if chosen in keys else {"value": keys[0] if keys else None}
+
+
 def owner_of(request: gr.Request) -> str:
     return owner_in(request.cookies)
 

@@ -10,7 +10,7 @@ import gradio as gr
 from esd_fast.config import PRESETS
 from esd_fast.parameters import METHODS
 
-from .browsers import owner_of, saying
+from .browsers import owner_of, saying, still
 from .erasing import Erasing
 from .place import Place
 from .planning import plan_of
@@ -53,10 +53,9 @@ class EraseTab:
         undone = [j for j in reversed(jobs) if j.undone]
         choices = [(f"{j.title} ({j.state})", j.key) for j in undone]
         keys = [key for _, key in choices]
-        value = which if which in keys else (keys[0] if keys else None)
         return [
             jobs_list(jobs, [self.place.jobs.ahead(j) for j in jobs]),
-            gr.Dropdown(choices=choices, value=value, visible=len(undone) > 1),
+            gr.Dropdown(choices=choices, visible=len(undone) > 1, **still(which, keys)),
             gr.Button(visible=bool(undone)),
             gr.Timer(active=bool(undone)),
         ]
@@ -122,13 +121,10 @@ def erase_tab(place: Place) -> EraseTab:
                     label="Steps (0: the recipe's)",
                     value=0,
                     precision=0,
-                    minimum=0,
                     elem_id="iterations",
                 )
-                rate = gr.Number(
-                    label="Learning rate (0: the recipe's)", value=0, minimum=0, elem_id="rate"
-                )
-                seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, elem_id="seed")
+                rate = gr.Number(label="Learning rate (0: the recipe's)", value=0, elem_id="rate")
+                seed = gr.Number(label="Seed", value=0, precision=0, elem_id="seed")
                 proof = gr.Radio(
                     choices=[(words, name) for name, words in PROOF_NAMES.items()],
                     value="measured",

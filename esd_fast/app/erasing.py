@@ -56,6 +56,8 @@ class Seen:
     total: int = 0
     losses: tuple[float, ...] = ()
     look: Look | None = None
+    steps: int = 0
+    """Of the whole training."""
     began: float = 0.0
     """time.monotonic(), of the phase."""
 
@@ -95,7 +97,7 @@ class Erasing:
             )
             erasure, why = None, None
             try:
-                watch = self.watcher(job, model, proof, before)
+                watch = self.watcher(job, model, proof, before, config.iterations)
                 erasure = erased(model, config, Checkpoints(folder), state, watch)
             except EraseInterrupted as caught:
                 if caught.erasure.manifest["losses"]:
@@ -160,7 +162,7 @@ class Erasing:
         return proof.draw(model.pipeline, tell)
 
     def watcher(
-        self, job: Job, model: Model, proof: Proof, before: list[Any]
+        self, job: Job, model: Model, proof: Proof, before: list[Any], steps: int
     ) -> Callable[[Progress], None]:
         """Shows each step; now and then pictures. Raises KeyboardInterrupt, as Ctrl-C would, where
         the job is cancelled: the work so far is handed out, and a checkpoint kept."""
@@ -175,6 +177,7 @@ class Erasing:
             seen = Seen(
                 *(progress.phase, progress.done, progress.total),
                 losses=tuple(self.losses),
+                steps=steps,
                 began=start,
             )
             self.tell(job, seen)

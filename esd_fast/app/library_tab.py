@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from .browsers import owner_of, saying
+from .browsers import owner_of, saying, still
 from .erase_tab import EraseTab
 from .erasing import Erasing
 from .place import Place
@@ -29,14 +29,14 @@ class LibraryTab:
     def listed(self) -> list[Any]:
         return [self.entries, self.stopped, self.go_on]
 
-    def look(self, owner: str) -> list[Any]:
+    def look(self, chosen: str | None, owner: str) -> list[Any]:
         """For `listed`."""
         found = self.place.library.entries(owner)
         choices = [(e.title, e.key) for e in found if e.resumable]
-        value = choices[0][1] if choices else None
+        keys = [key for _, key in choices]
         return [
             entries_list(found),
-            gr.Dropdown(choices=choices, value=value, visible=bool(choices)),
+            gr.Dropdown(choices=choices, visible=bool(choices), **still(chosen, keys)),
             gr.Button(visible=bool(choices)),
         ]
 
@@ -58,7 +58,7 @@ def library_tab(place: Place, erasing: EraseTab) -> LibraryTab:
     tab = LibraryTab(entries, stopped, go_on, place)
 
     @say
-    def bring(file: str | None, request: gr.Request) -> list[Any]:
+    def bring(file: str | None, chosen: str | None, request: gr.Request) -> list[Any]:
         owner = owner_of(request)
         if file is not None:
             path = Path(file)
@@ -67,7 +67,7 @@ def library_tab(place: Place, erasing: EraseTab) -> LibraryTab:
             finally:
                 path.unlink(missing_ok=True)
             gr.Info(f"Imported: {entry.method}", duration=4)
-        return tab.look(owner)
+        return tab.look(chosen, owner)
 
     @say
     def resume(key: str | None, request: gr.Request) -> list[Any]:
@@ -82,9 +82,9 @@ def library_tab(place: Place, erasing: EraseTab) -> LibraryTab:
         job = place.jobs.submit(owner, entry.concept, Erasing(*parts, resume=entry.folder))
         job.result = entry.key
         gr.Info("It goes on: see the first tab.", duration=4)
-        return [*tab.look(owner), *erasing.look(None, owner)]
+        return [*tab.look(key, owner), *erasing.look(None, owner)]
 
     hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-    upload.upload(bring, [upload], tab.listed, **hidden)
+    upload.upload(bring, [upload, stopped], tab.listed, **hidden)
     go_on.click(resume, [stopped], [*tab.listed, *erasing.watched], **hidden)
     return tab

@@ -57,6 +57,6 @@ def hide_paths(text: str, known: dict[str, str] | None = None) -> str:
         text = text.replace(path, name)
     home = str(Path.home())
     if home not in ("", "/"):
-        text = text.replace(home + os.sep, "")
+        text = text.replace(home + os.sep, "/home/")  # it may have blanks in it
     # one slash that nothing but a blank, a quote or a bracket precedes, and a second one at least
     return re.sub(r"(?<![\w:/.<])/(?:[^/\s'\"<>]+/)+([^/\s'\"<>]*)", r"\1", text)

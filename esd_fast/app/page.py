@@ -43,7 +43,7 @@ def page(place: Place) -> gr.Blocks:
             owner = owner_of(request)
             return [
                 *erasing.look(None, owner),
-                *library.look(owner),
+                *library.look(None, owner),
                 trying.choices(None, owner),
                 *(gr.Dropdown(choices=place.offered.labels()) for _ in models),
             ]
@@ -57,15 +57,15 @@ def page(place: Place) -> gr.Blocks:
             return trying.choices(keys, owner_of(request))
 
         @say
-        def list_again(request: gr.Request) -> list[Any]:
-            return library.look(owner_of(request))
+        def list_again(chosen: str | None, request: gr.Request) -> list[Any]:
+            return library.look(chosen, owner_of(request))
 
         hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         everything = [*erasing.watched, *library.listed, trying.erasures, *models]
         blocks.load(opened, None, everything, **hidden)
         first.select(watch_again, [erasing.which], erasing.watched, **hidden)
         second.select(choose, [trying.erasures], [trying.erasures], **hidden)
-        third.select(list_again, None, library.listed, **hidden)
+        third.select(list_again, [library.stopped], library.listed, **hidden)
     return blocks
 
 

@@ -61,7 +61,7 @@ class Place:
         """An error in one line that names no place of this machine."""
         from esd_fast.cli import told
 
-        return hide_paths(told(error), self.offered.paths())
+        return hide_paths(told(error), {str(self.work): "/work", **self.offered.paths()})
 
 
 def preload() -> None:

@@ -105,9 +105,10 @@ def fact_list(facts: Sequence[tuple[str, object]]) -> Html:
 def jobs_list(jobs: Sequence[Job], ahead: Sequence[int]) -> Html:
     if not jobs:
         return nothing("Nothing was started from this browser yet.")
+    drawn = [job for job in jobs if job.progress is not None and job.progress.look is not None]
     cards = [
-        job_card(job, before, pictures=job.undone or number < WITH_PICTURES)
-        for number, (job, before) in enumerate(zip(jobs, ahead, strict=True))
+        job_card(job, before, pictures=job in drawn[:WITH_PICTURES])
+        for job, before in zip(jobs, ahead, strict=True)
     ]
     return element("div", *cards, class_="esd-jobs")
 
@@ -134,7 +135,8 @@ def job_card(job: Job, ahead: int, pictures: bool) -> Html:
         )
         body.append(element("p", link, " · it is in the library, and can be tried."))
     if seen is not None and seen.losses:
-        body.append(curve(seen.losses, seen.total if seen.phase == "fit" else len(seen.losses)))
+        room = seen.steps if job.state == "running" else 0  # for the steps to come
+        body.append(curve(seen.losses, max(room, len(seen.losses))))
     if seen is not None and seen.look is not None and pictures:
         body.append(seen.look.html)
     return element("article", *body, class_="esd-card", id=f"job-{job.key}")

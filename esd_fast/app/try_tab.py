@@ -32,10 +32,13 @@ class TryTab:
     def choices(self, chosen: Sequence[str] | None, owner: str) -> Any:
         found = [(entry.title, entry.key) for entry in self.place.library.entries(owner)]
         keys = [key for _, key in found]
-        value = [key for key in chosen or [] if key in keys]
-        if not value and len(keys) == 1:
-            value = keys
-        return gr.Dropdown(choices=found, value=value)
+        there = [key for key in chosen or [] if key in keys]
+        if there and len(there) == len(chosen or []):
+            return gr.Dropdown(choices=found)
+        if not there and len(keys) == 1:
+            there = keys
+        # nothing is said of a choice that is empty: something may be chosen meanwhile
+        return gr.Dropdown(choices=found, **({"value": there} if there or chosen else {}))
 
 
 def try_tab(place: Place) -> TryTab:
@@ -77,7 +80,6 @@ def try_tab(place: Place) -> TryTab:
                     label="Seed",
                     value=0,
                     precision=0,
-                    minimum=0,
                     min_width=90,
                     elem_id="try-seed",
                 )

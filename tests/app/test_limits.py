@@ -172,7 +172,8 @@ def test_paths_do_not_show():
     known = {"/srv/models/sd 15": "sd 15", "/srv/models": "models"}
     assert hide_paths("/srv/models/sd 15 holds no unet", known) == "sd 15 holds no unet"
     assert hide_paths("'/etc/ssl/key.pem' does not exist") == "'key.pem' does not exist"
-    assert hide_paths(f"no {Path.home()}/a/b.txt") == "no a/b.txt"
+    assert hide_paths(f"no {Path.home()}/a/b.txt") == "no b.txt"
+    assert hide_paths("/srv/my work/a/b.txt", {"/srv/my work": "/work"}) == "b.txt"
     kept = "owner/name is no model; see https://a.b/c/d, 3/4 of it, AC/DC"
     assert hide_paths(kept) == kept
 
