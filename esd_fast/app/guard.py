@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .cookies import COOKIE, new_cookie
-from .library import folder_size
+from .library import folder_size, forget_empty
 
 # what the page needs of Gradio, and ours; whatever else it could do (read files, call other
 # servers, edit itself) is not there
@@ -91,7 +91,9 @@ class Guard:
     def upload_refusal(self, length: int) -> tuple[int, str, dict[str, str]] | None:
         if length > self.upload_bytes + OVERHEAD:
             return 413, f"The file may have {self.upload_bytes >> 20} MB at most.", {}
-        waiting = sum(1 for path in self.uploads.rglob("*") if path.is_file())
+        forget_empty(self.uploads)
+        files = (path for path in self.uploads.rglob("*") if path.is_file())
+        waiting = sum(path.stat().st_size > 0 for path in files)
         room = WAITING_UPLOADS * self.upload_bytes - folder_size(self.uploads)
         if waiting >= WAITING_UPLOADS or length > room:
             return 429, "Too many files were sent at once; try again later.", {}

@@ -269,6 +269,15 @@ def check_names(names: list[str]) -> None:
     )
 
 
+def forget_empty(folder: Path, seconds: float = 600.0) -> None:
+    """Gradio leaves an empty file behind for every upload; one that is as young may be arriving."""
+    for path in folder.glob("tmp*"):
+        with contextlib.suppress(OSError):
+            told = path.stat()
+            if told.st_size == 0 and time.time() - told.st_mtime > seconds:
+                path.unlink()
+
+
 def folder_size(folder: Path) -> int:
     """Bytes of all files below, as far as they stay there while it counts."""
     total = 0

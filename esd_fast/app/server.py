@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from importlib import resources
 from typing import Any
@@ -57,6 +58,8 @@ def serve(place: Place, host: str, port: int, password: str | None) -> None:
     """Until Ctrl-C or SIGTERM; a job that runs then puts its work away first."""
     import uvicorn
 
+    from esd_fast.interrupts import sigterm_interrupts
+
     from .limits import is_loopback
 
     hosts = ("localhost", "127.0.0.1", "::1", host.strip("[]").lower())
@@ -72,7 +75,9 @@ def serve(place: Place, host: str, port: int, password: str | None) -> None:
     )
     server = announcing()(config, place)
     try:
-        server.run()
+        # uvicorn raises the signal that ended it anew, and a plain SIGTERM would be the end
+        with sigterm_interrupts(True), contextlib.suppress(KeyboardInterrupt):
+            server.run()
     finally:
         place.jobs.close()
 

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import base64
+import os
 from pathlib import Path
 
 import pytest
@@ -145,7 +146,13 @@ def test_uploads_are_bounded(tmp_path):
     assert upload(900) == 429  # together they would be too much
     (tmp_path / "a" / "large").unlink()
     for number in range(WAITING_UPLOADS):
-        (tmp_path / "a" / str(number)).touch()
+        (tmp_path / f"tmp{number}").touch()
+    os.utime(tmp_path / "tmp0", (0, 0))
+    assert upload(1) == 200  # Gradio leaves empty ones behind
+    assert not (tmp_path / "tmp0").exists()
+    assert (tmp_path / "tmp1").exists()
+    for number in range(WAITING_UPLOADS):
+        (tmp_path / "a" / str(number)).write_bytes(b"x")
     assert upload(1) == 429
 
 
