@@ -75,6 +75,13 @@ def check_outside(output: Path, model: Any) -> None:
         raise ValueError(f"{output} lies in the model's own folder; name another place")
 
 
+def check_no_link(folder: Path) -> None:
+    """Raises FileExistsError where `folder`, one of an output's own, is a link to elsewhere: in what
+    came from a stranger it could lead anywhere."""
+    if folder.is_symlink():
+        raise FileExistsError(f"{folder} is a link; remove it, or give another --output")
+
+
 def free_folder(folder: Path, taken: Callable[[Path], bool]) -> Path:
     """`folder`, or where that is taken FOLDER-2, FOLDER-3, ..."""
     found, number = folder, 1

@@ -438,6 +438,22 @@ def test_links_that_a_stranger_left_lead_nowhere(world: Path, tmp_path: Path) ->
     assert not any((run / name).is_symlink() for name in (*WRITTEN[:3], delta))
 
 
+@pytest.mark.parametrize(("command", "name"), [("generate", "base"), ("attack", "after")])
+def test_folders_of_pictures_are_no_links(
+    command: str, name: str, world: Path, call: Callable[[list[str]], Result]
+) -> None:
+    there = world / "there"
+    there.mkdir()
+    (there / name).symlink_to(world / "folder")
+    try:
+        code, _, err = call([command, *RIGHT[command], "--output", "there"])
+    finally:
+        shutil.rmtree(there)
+    assert code == 2
+    assert f"there/{name} is a link; remove it, or give another --output" in err
+    assert not any((world / "folder").iterdir())
+
+
 def test_a_run_that_fails_leaves_no_folder(call: Callable[[list[str]], Result]) -> None:
     for line in (
         ["train", *RIGHT["train"], "--method", "conv_in.*nothing"],

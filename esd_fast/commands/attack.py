@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from esd_fast.config import MOST_AT_A_TIME, check_count, check_number, refuse
 from esd_fast.demo import is_embedded, world
-from esd_fast.files import check_outside, free_folder, output_folder
+from esd_fast.files import check_no_link, check_outside, free_folder, output_folder
 from esd_fast.pages import keep_pages
 from esd_fast.prompt_list import read_prompts
 from esd_fast.prompts import clean_prompt, safe_name
@@ -54,6 +54,8 @@ def attack(arguments: argparse.Namespace) -> int:
     recogniser = recogniser_of(arguments, apart)
     folder = output_of(arguments, concepts)
     check_outside(folder, arguments.model)
+    for when in TIMES:
+        check_no_link(folder / when)
     with output_folder(folder):
         model = load_model(arguments.model, place)
         check_erasures([(Path(arguments.erasure), erasure)], model)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from esd_fast.files import check_no_link
 from esd_fast.generate import Shot, pictures, to_pil
 from esd_fast.prompts import safe_name
 
@@ -148,8 +149,10 @@ def unfinished(
 ) -> list[tuple[PromptRow, PictureFile]]:
     """The files that are still to be drawn, each once.
 
-    Raises FileExistsError where another picture is in the way, unless `overwrite`.
+    Raises FileExistsError where another picture is in the way, unless `overwrite`; or a link
+    in place of the folder.
     """
+    check_no_link(variant.folder)
     missing = []
     others = 0
     example = ""
