@@ -15,6 +15,7 @@ from .scheduler_table import SchedulerTable, probe
 if TYPE_CHECKING:
     from .graphed_steps import GuidedGraphs
     from .models.base import Conditioning, PromptSet
+    from .parallel import Ranks
     from .plan import Rollout
 
 
@@ -292,7 +293,7 @@ class SchedulerTrajectory:
 
 @torch.no_grad()
 def collect_all(
-    teacher: Teacher, rollout: Rollout, on_pass: Callable[[int], None]
+    teacher: Teacher, rollout: Rollout, on_pass: Callable[[int], object]
 ) -> TeacherSamples:
     """Every state of a batch of trajectories, each with the predictions that moved it on.
 
@@ -304,7 +305,7 @@ def collect_all(
 
 
 def collect_preserved(
-    teacher: Teacher, rollout: Rollout, on_pass: Callable[[int], None]
+    teacher: Teacher, rollout: Rollout, on_pass: Callable[[int], object]
 ) -> TeacherSamples:
     """`collect_all` of prompts that are preserved, asked alone and followed without guidance: the
     states that the model was trained on, for one UNet pass each."""
@@ -319,7 +320,7 @@ def collect_preserved(
 def collect_last(
     teacher: Teacher,
     rollout: Rollout,
-    on_pass: Callable[[int], None],
+    on_pass: Callable[[int], object],
     frozen: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> TeacherSamples:
     """The reference's way: roll out, then ask at the query's timestep, there alone.
@@ -337,7 +338,9 @@ def collect_last(
     return as_samples(inputs, query, predictions, teacher.numbers_of(rollout.concepts))
 
 
-def roll(trajectory: TableTrajectory | SchedulerTrajectory, on_pass: Callable[[int], None]) -> None:
+def roll(
+    trajectory: TableTrajectory | SchedulerTrajectory, on_pass: Callable[[int], object]
+) -> None:
     """All the guided steps of a trajectory."""
     for timestep in trajectory.timesteps:
         trajectory.step(timestep)
@@ -358,6 +361,22 @@ def as_samples(
         noise_pred_erase_from=predictions.get("erase_from"),
         concepts=concepts,
     )
+
+
+def gathered(
+    ranks: Ranks, parts: list[TeacherSamples], rollouts: list[Rollout], device: torch.device
+) -> list[TeacherSamples]:
+    """The samples of all `rollouts`, in their order, where `parts` are those of this process's share
+    of their trajectories."""
+    if ranks.size == 1 or not rollouts:
+        return parts
+    ours = {} if not parts else vars(TeacherSamples.join(parts))
+    columns = {name: column for name, column in ours.items() if column is not None}
+    whole = TeacherSamples(**ranks.gather(columns, device))  # by process
+    trajectories = sum(len(rollout.noise) for rollout in rollouts)
+    numbers = torch.arange(len(whole), device=device).view(trajectories, -1)
+    came = torch.cat([numbers[rank :: ranks.size].flatten() for rank in range(ranks.size)])
+    return [whole[torch.argsort(came)]]
 
 
 def chunked(rollouts: list[Rollout], size: int) -> Iterator[Rollout]:

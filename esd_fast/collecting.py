@@ -17,6 +17,7 @@ from .esd import Meter, Progress, collected, passes_of, prepare
 from .graphed_steps import RunGraphs
 from .live import onloading
 from .models import load_model
+from .parallel import Ranks, joined, together
 from .parameters import TrainableSubset, only_trainable, plain_parameters
 from .sick_numbers import check_collected
 from .stored_samples import StoredSamples, decisive_of, tensors_of
@@ -39,9 +40,10 @@ def collect_samples(
 
     Raises as `erase` does, and ValueError for a preset in which the student rolls out.
     """
-    config = EraseConfig.from_preset(preset, concept, model, **settings)
-    check_kept(config)
-    return collect(load_model(model, config), config, on_progress=on_progress)
+    with joined() as ranks:
+        config = ranks.whole(EraseConfig.from_preset(preset, concept, model, **settings))
+        check_kept(config)
+        return collect(load_model(model, config), config, ranks=ranks, on_progress=on_progress)
 
 
 def check_kept(config: EraseConfig) -> None:
@@ -53,11 +55,13 @@ def check_kept(config: EraseConfig) -> None:
 
 
 @onloading
+@together
 @torch.inference_mode(False)  # as in training, where the tensors are used
 def collect(
     model: Model,
     config: EraseConfig,
     *,
+    ranks: Ranks,
     graphs: RunGraphs | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> StoredSamples:
@@ -66,10 +70,12 @@ def collect(
     config = config.for_model(model)
     started = time.perf_counter()
     decisive = decisive_of(model, config)  # before any weight is put away
+    ranks.check_batch(config)
+    ranks.check_alike({name: repr(value) for name, value in decisive.items()})
     graphs = graphs or RunGraphs.of(config.cuda_graphs, model.unet, config.optimizer)
-    prepared = prepare(model, config, graphs)
+    prepared = prepare(model, config, graphs, ranks)
     passes = passes_of(config, len(prepared.teacher.asked), prepared.plan)
-    meter = Meter(on_progress or (lambda _: None), passes)
+    meter = Meter(on_progress or (lambda _: None), passes, ranks)
     every = plain_parameters(model.unet)
     # the UNet as training with this method would have it: the same bits
     flagged = TrainableSubset({n: every[n] for n in prepared.names}, {}, {})
@@ -78,7 +84,7 @@ def collect(
             only_trainable(model.unet, flagged),
             engaged(model, prepared.layout, prepared.shape[1:], passes),
         ):
-            samples = collected(config, prepared, prepared.plan, meter)
+            samples = collected(config, prepared, prepared.plan, meter, ranks)
             check_collected(None, samples)
     finally:
         graphs.release()

@@ -20,6 +20,7 @@ from .collect import (
     collect_all,
     collect_last,
     collect_preserved,
+    gathered,
 )
 from .config import CHOICES, EraseConfig, refuse
 from .engine import Layout, engaged, layout_for
@@ -31,8 +32,9 @@ from .live import onloading
 from .models import Conditioning, Model, PromptSet, load_model
 from .objective import Objective
 from .optimizers import described, make_optimizer
+from .parallel import PeerLost, Ranks, joined, together
 from .parameters import TrainableSubset, canonical_method, only_trainable, trainable_names
-from .plan import Plan, Rollout, check_room, plan_preserved, plan_rollouts
+from .plan import Plan, Rollout, check_room, plan_preserved, plan_rollouts, share_of
 from .run_state import Checkpoints, Identity, Keeper, RunState, newest_state
 from .schedules import scheduler_for
 from .sick_numbers import check_collected
@@ -90,6 +92,10 @@ def erase(
     CheckpointError where the folder cannot be written to; in the last three the model is as it
     was. RuntimeError, at once, where another thread trains on the same pipeline.
 
+    Where the caller has initialised torch.distributed with several processes, all of them call
+    this alike and train one erasure: `batch_size` is of each, files are written by the first, and
+    PeerFailed or PeerLost (parallel.py) say that another one failed or is gone.
+
     The caller's random state, default dtype, grad mode, deterministic settings, warnings filters
     and signal handlers are left alone; erasures on pipelines of their own may run in threads side
     by side. On the CPU the same seed gives the same bits on the same machine with the same versions
@@ -105,33 +111,38 @@ def erase(
     for name, value in given.items():
         if value is not None and not callable(value):
             refuse(name, value, "a function")
-    stored = None
-    if samples in CHOICES["samples"]:
-        settings["samples"] = samples
-    elif samples is not None:
-        stored = samples if isinstance(samples, StoredSamples) else read_samples(samples)
-        settings = stored.settings(preset=preset, concept=concept or None, **settings)
-        preset, concept = settings.pop("preset"), settings.pop("concept")
-    config = EraseConfig.from_preset(preset or "fast", concept, model, **settings)
-    if stored:
-        stored.check_settings(config)
-    state = None if resume is None else newest_state(resume)
-    if resume is not None and checkpoints is None:
-        checkpoints = resume if Path(resume).is_dir() else Path(resume).parent
-    kept = Checkpoints.of(checkpoints, checkpoint_every, state)
-    return run(
-        load_model(model, config),
-        config,
-        checkpoints=kept,
-        resume=state,
-        stored=stored,
-        on_progress=on_progress,
-        on_step=on_step,
-    )
+    with joined() as ranks:
+        stored, of_all = None, False
+        if samples in CHOICES["samples"]:
+            settings["samples"] = samples
+        elif samples is not None:
+            stored = samples if isinstance(samples, StoredSamples) else read_samples(samples)
+            of_all = settings.get("batch_size") is None  # that of the samples is of all processes
+            settings = stored.settings(preset=preset, concept=concept or None, **settings)
+            preset, concept = settings.pop("preset"), settings.pop("concept")
+        config = EraseConfig.from_preset(preset or "fast", concept, model, **settings)
+        config = config if of_all else ranks.whole(config)
+        if stored:
+            stored.check_settings(config)
+        state = None if resume is None else newest_state(resume)
+        if resume is not None and checkpoints is None:
+            checkpoints = resume if Path(resume).is_dir() else Path(resume).parent
+        kept = Checkpoints.of(checkpoints, checkpoint_every, state) if ranks.first else None
+        return run(
+            load_model(model, config),
+            config,
+            checkpoints=kept,
+            resume=state,
+            stored=stored,
+            on_progress=on_progress,
+            on_step=on_step,
+            ranks=ranks,
+        )
 
 
 @onloading
 @stepping_down
+@together
 @torch.inference_mode(False)  # whatever the caller's mode, training needs gradients
 @torch.enable_grad()
 def run(
@@ -145,6 +156,7 @@ def run(
     checkpoints: Checkpoints | None = None,
     resume: RunState | None = None,
     stored: StoredSamples | None = None,
+    ranks: Ranks,
     on_progress: Callable[[Progress], None] | None = None,
     on_step: Callable[[FitStep], None] | None = None,
 ) -> Erasure:
@@ -153,7 +165,9 @@ def run(
     them, and erased from the same prompt. `config.iterations` is for all together. `rollouts`
     replaces the plan drawn from the seed, `words` the tokenizer's own, which `keep_vocabulary`
     holds to, `graphs` what `cuda_graphs` chooses. `resume`: the state of such a run to go on
-    from, `stored`: samples that need not be collected; ValueError where they are of another."""
+    on from, `stored`: samples that need not be collected; ValueError where they are of another.
+    `ranks`: the processes that do it together, if not this one alone; the batch of `config` is
+    then of all of them."""
     started = time.perf_counter() - (resume.seconds["total"] if resume else 0.0)
     config = config.for_model(model)
     if stored:
@@ -164,11 +178,13 @@ def run(
     identity = Identity.of(model, config, extra, rollouts, words)
     if resume:
         resume.check(identity)
+    ranks.check_batch(config)
+    ranks.check_alike(identity.told)
     given = [
         name for name, value in (("rollouts", rollouts), ("words", words)) if value is not None
     ]
     graphs = graphs or RunGraphs.of(config.cuda_graphs, model.unet, config.optimizer)
-    prepared = prepare(model, config, graphs, extra, rollouts)
+    prepared = prepare(model, config, graphs, ranks, extra, rollouts)
     prompts, teacher, plan = prepared.prompts, prepared.teacher, prepared.plan
     filters, held_to = filters_for(
         model,
@@ -192,6 +208,7 @@ def run(
     fitter = graphs.fitter(
         *(model.unet, subset, student, objective, optimizer, clipped),
         weights_of(config, prompts, model.device),
+        ranks,
         watched=on_step is not None,
     )
     paths = {"scheduler": teacher.scheduler_path(plan.erased)}
@@ -214,7 +231,7 @@ def run(
         resumed_at=resume.stops if resume else [],
         samples_file=samples_file,
     )
-    meter = Meter(on_progress or (lambda _: None), collecting)
+    meter = Meter(on_progress or (lambda _: None), collecting, ranks)
     keeper = Keeper(
         checkpoints, identity, resume, subset, fitter, started, meter.seconds, samples_file
     )
@@ -240,10 +257,10 @@ def run(
                 meter.resumed(made, taken, config)
             if samples is None and config.rollout == "frozen":
                 there = stored.samples_of(plan, model.device) if stored else ()
-                samples = collected(config, prepared, rest, meter, *there)
+                samples = collected(config, prepared, rest, meter, ranks, *there)
                 check_collected(fitter, samples)
                 keeper.collected(samples)
-            for batch in training_batches(config, samples, prepared, subset, meter, taken):
+            for batch in training_batches(config, samples, prepared, subset, meter, ranks, taken):
                 step = fitter.step(batch)
                 meter.fitted(step, config)
                 keeper.stepped()
@@ -252,9 +269,14 @@ def run(
         erasure = finish(model, config, subset, fitter, meter, noted, interrupted=False)
         finished = True
         return erasure
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        ranks.tell(stop)
         erasure = finish(model, config, subset, fitter, meter, noted, interrupted=True)
         raise EraseInterrupted(erasure, keeper.interrupted()) from None
+    except PeerLost as lost:
+        if kept := keeper.interrupted():
+            lost.args = (f"{lost}; resume goes on from {kept}",)
+        raise
     finally:
         graphs.release()
         if not finished:
@@ -280,6 +302,7 @@ def prepare(
     model: Model,
     config: EraseConfig,
     graphs: RunGraphs,
+    ranks: Ranks,
     extra: Sequence[Conditioning] = (),
     rollouts: list[Rollout] | None = None,
 ) -> Prepared:
@@ -287,7 +310,7 @@ def prepare(
     shape = model.latent_shape(config.resolution)
     scheduler = scheduler_for(model.pipeline.scheduler, config)
     resolution = shape[-1] * model.vae_scale_factor
-    layout = layout_for(model, config, names, resolution)
+    layout = layout_for(model, ranks.own(config), names, resolution)
     prompts = encode_prompts(model, config, resolution, extra)
     teacher = Teacher(
         unet=model.unet,
@@ -312,19 +335,26 @@ def collected(
     prepared: Prepared,
     plan: Plan,
     meter: Meter,
+    ranks: Ranks,
     *there: TeacherSamples,
 ) -> TeacherSamples:
     """What a frozen UNet's trajectories give, all of it before the first step; what is preserved
-    comes last. `there`: of both kinds, what there is before those of `plan`."""
+    comes last. Each of `ranks` runs its share of them, and gets what all have collected. `there`:
+    of both kinds, what there is before those of `plan`."""
     teacher, size = prepared.teacher, prepared.layout.collect_batch_size
+    own, kept = (share_of(r, ranks.rank, ranks.size) for r in (plan.erased, plan.preserved))
     if config.samples == "all":
-        erased = [collect_all(teacher, r, meter.collected) for r in chunked(plan.erased, size)]
+        erased = [collect_all(teacher, r, meter.collected) for r in chunked(own, size)]
     else:
-        erased = [collect_last(teacher, r, meter.collected) for r in plan.erased]
+        erased = [collect_last(teacher, r, meter.collected) for r in own]
     # asked with one prompt each: more of them side by side make a forward as large
-    together = chunked(plan.preserved, size * len(teacher.asked))
-    preserved = [collect_preserved(teacher, r, meter.collected) for r in together]
+    side_by_side = chunked(kept, size * len(teacher.asked))
+    preserved = [collect_preserved(teacher, r, meter.collected) for r in side_by_side]
     teacher.finished_collecting()
+    meter.wait_for_others()
+    device = next(teacher.unet.parameters()).device
+    erased = gathered(ranks, erased, plan.erased, device)
+    preserved = gathered(ranks, preserved, plan.preserved, device)
     parts = [*there[:1], *erased, *there[1:], *preserved]
     return TeacherSamples.join(parts).map(torch.Tensor.contiguous)
 
@@ -335,17 +365,21 @@ def training_batches(
     prepared: Prepared,
     subset: TrainableSubset,
     meter: Meter,
+    ranks: Ranks,
     taken: int,
 ) -> Iterator[TeacherSamples]:
-    """One batch for every optimizer step but the first `taken`, as the policies want them."""
+    """This process's share of one batch for every optimizer step but the first `taken`, as the
+    policies want them."""
     if samples is None:  # the student as it is now rolls out; its teacher answers
-        for rollout in prepared.plan.erased[taken:]:
+        for step in prepared.plan.erased[taken:]:
+            (rollout,) = share_of([step], ranks.rank, ranks.size)
             yield collect_last(prepared.teacher, rollout, meter.collected, frozen=subset.teacher)
         return
     orders = orders_of(config, samples, prepared.prompts.erased)
     size = config.batch_size
     for first in range(taken * size, config.iterations * size, size):
-        yield samples[torch.cat([order[first : first + size] for order in orders])]
+        rows = torch.cat([order[first : first + size] for order in orders])
+        yield samples[rows[ranks.rows]]
 
 
 def orders_of(config: EraseConfig, samples: TeacherSamples, erased: int) -> list[torch.Tensor]:
@@ -437,10 +471,10 @@ class Noted:
 
 
 class Meter:
-    """Counts UNet passes and seconds of each phase, and tells the watcher."""
+    """Counts UNet passes, of all processes, and seconds of each phase, and tells the watcher."""
 
-    def __init__(self, tell: Callable[[Progress], None], collect_total: int) -> None:
-        self.tell, self.collect_total = tell, collect_total
+    def __init__(self, tell: Callable[[Progress], None], collect_total: int, ranks: Ranks) -> None:
+        self.tell, self.collect_total, self.ranks = tell, collect_total, ranks
         self.passes = {"collect": 0, "fit": 0}
         self.seconds = {"collect": 0.0, "fit": 0.0}
         self.last = time.perf_counter()
@@ -450,12 +484,19 @@ class Meter:
         self.passes = {"collect": collected, "fit": 2 * taken * config.samples_a_step}
         self.last = time.perf_counter()
 
-    def collected(self, passes: int) -> None:
-        self.count("collect", passes)
+    def collected(self, passes: int, done: bool = False) -> bool:
+        """Whether all are done. So often do processes look after each other in this phase."""
+        (passed,), all_done = self.ranks.agree(passes, done=done)
+        self.count("collect", int(passed))
         self.told(Progress("collect", self.passes["collect"], self.collect_total))
+        return all_done
+
+    def wait_for_others(self) -> None:
+        while self.ranks.size > 1 and not self.collected(0, done=True):
+            pass
 
     def fitted(self, step: FitStep, config: EraseConfig) -> None:
-        self.count("fit", 2 * len(step.samples))  # forward and backward
+        self.count("fit", 2 * step.batch)  # forward and backward
         self.told(Progress("fit", step.iteration + 1, config.iterations, step.loss))
 
     def told(self, progress: Progress) -> None:
@@ -485,8 +526,10 @@ def finish(
     """
     from . import ops
 
-    trained = subset.trained()
+    trained, ranks = subset.trained(), fitter.ranks
     fitter.check_finite(trained)
+    result = fingerprint(trained)
+    ranks.check_alike({"result": result})
     device = str(model.device)
     manifest = {
         "concept": ", ".join(config.concepts),
@@ -502,7 +545,7 @@ def finish(
         "family": model.family.name,
         "base_fingerprint": fingerprint(subset.frozen),
         "base_digest": noted.base,
-        "result_fingerprint": fingerprint(trained),
+        "result_fingerprint": result,
         "config": dataclasses.asdict(config),
         "target": {"anchor": config.target_anchor, "eta": config.eta},
         "kept_vocabulary": {"words": noted.words, "tensors": len(subset.filters)},
@@ -510,6 +553,8 @@ def finish(
         "seed": config.seed,
         "dtype": str(model.dtype).removeprefix("torch."),
         "collect_batch_size": noted.collect_batch_size,
+        "world_size": ranks.size,  # processes; the batch is of all of them
+        "global_batch_size": config.batch_size,
         "threads": noted.threads,
         "processor": processor_of(model.device),
         "interrupted": interrupted,

@@ -11,6 +11,7 @@ import torch
 from . import ops
 from .collect import predict_noise
 from .interrupts import held_back
+from .parallel import Ranks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,6 +33,7 @@ class FitStep:
     samples: TeacherSamples
     noise_pred_student: torch.Tensor
     skipped: bool = False  # gradients overflowed float16: no weight moved
+    batch: int = 0  # of how many samples: `samples` are this process's share of them
 
 
 class NonFiniteLoss(RuntimeError):
@@ -43,7 +45,8 @@ class Fitter:
     """Moves the float32 masters of `subset` by `optimizer` (optimizers.py), step by step.
 
     Where a UNet has float16 weights the loss is scaled, as torch.amp does it: a step whose
-    gradients overflow is skipped, and the scale halved.
+    gradients overflow is skipped, and the scale halved. Of several processes each has its share
+    of a batch, and all take the same step.
     """
 
     unet: torch.nn.Module
@@ -53,6 +56,7 @@ class Fitter:
     optimizer: torch.optim.Optimizer
     max_grad_norm: float | None = None
     weights: torch.Tensor | None = None  # (K,) float32: of each concept's samples in the loss
+    ranks: Ranks = field(default_factory=Ranks)
     losses: list[float] = field(default_factory=list)
     skipped: int = 0  # steps, of all
     skipped_in_a_row: int = 0
@@ -69,7 +73,8 @@ class Fitter:
         )
 
     def step(self, samples: TeacherSamples) -> FitStep:
-        """Forward, loss and its gradient in one kernel, backward, optimizer.
+        """Forward, loss and its gradient in one kernel, backward, optimizer; `samples`: this
+        process's.
 
         Raises NonFiniteLoss before any weight has moved; also after MOST_SKIPS skipped steps in
         a row, where no scale helps. Interrupted, the step is taken as a whole or not at all.
@@ -84,6 +89,9 @@ class Fitter:
                 f"{samples.timesteps.tolist()}: {where_it_began(self, samples, student)}; "
                 f"{self.would_do()}"
             )
+        value, batch = self.ranks.mean(value, len(samples))
+        if self.ranks.size > 1:
+            self.ranks.average(self.gradients(), len(samples) / batch)
         scale = self.scaler.get_scale()
         with held_back():
             self.update()
@@ -91,11 +99,12 @@ class Fitter:
             self.losses.append(value)
             self.last = samples
             self.count_skipped(skipped)
-        return FitStep(len(self.losses) - 1, value, samples, student, skipped)
+        return FitStep(len(self.losses) - 1, value, samples, student, skipped, batch)
 
     def backward(self, samples: TeacherSamples) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss (), the student's predictions (B, C, h, w), and gradients on the UNet's
-        parameters. Nothing waits for the device."""
+        parameters; on the masters, where there are several processes. Nothing waits for the
+        device."""
         for parameter in self.subset.parameters.values():
             parameter.grad = None
         student = predict_noise(
@@ -110,12 +119,19 @@ class Fitter:
             1.0 if self.weights is None else self.weights[samples.concepts],
         )
         self.scaler.scale(loss).backward()
+        if self.ranks.size > 1:  # to be averaged; one alone needs them part by part, in the update
+            self.subset.gradients_to_masters(self.subset.parameters)
         return loss.detach(), student.detach()
+
+    def gradients(self) -> list[torch.Tensor]:
+        """Of the masters, by the last backward, where there are several processes."""
+        return self.subset.gradients()
 
     def update(self) -> None:
         """Gradients to masters, masters to the UNet. Nothing waits for the device where the
         optimizer is fused (GradScaler looks at the gradients of another on the host)."""
-        self.subset.step(self.optimizer, self.scaler, self.max_grad_norm)
+        averaged = self.ranks.size > 1
+        self.subset.step(self.optimizer, self.scaler, self.max_grad_norm, averaged)
 
     @property
     def answered(self) -> list[float]:

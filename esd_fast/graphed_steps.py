@@ -101,7 +101,8 @@ class FitGraph:
     stage "update".
 
     Gradients live in the graph's own pool: `Fitter.backward` sets them to None first, so the
-    captured backward makes them anew at each replay, where "update" was captured to find them.
+    captured backward makes them anew at each replay, where "update" was captured to find them
+    (and between the two processes average them, which no graph holds).
     Gradients that stay would be zeroed and added to, a further read and write of each.
     """
 
@@ -111,6 +112,7 @@ class FitGraph:
         )
         self.student = torch.empty_like(self.samples.latents)
         self.loss = self.student.new_empty((), dtype=torch.float32)
+        self.gradients: list[Tensor] = []
         named = vars(self.samples)
         self.fitter = fitter
         self.graph = Graphed(
@@ -127,6 +129,8 @@ class FitGraph:
 
     def backward(self) -> None:
         loss, student = self.fitter.backward_eagerly(self.samples)
+        if self.fitter.ranks.size > 1:  # held longer than they are needed where nobody averages
+            self.gradients = self.fitter.subset.gradients()
         self.loss.copy_(loss)
         self.student.copy_(student)
 
@@ -161,6 +165,9 @@ class GraphedFitter(Fitter):
         self.running.graph.run("backward")
         student = self.running.student
         return self.running.loss, student.clone() if self.watched else student
+
+    def gradients(self) -> list[Tensor]:
+        return self.running.gradients if self.running else super().gradients()
 
     def update(self) -> None:
         if self.running:

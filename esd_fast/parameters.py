@@ -210,19 +210,22 @@ class TrainableSubset:
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler | None = None,
         max_grad_norm: float | None = None,
+        averaged: bool = False,
     ) -> None:
         """Gradients (of the loss times the scaler's scale) to the masters, one optimizer step,
         masters back into the UNet. Where gradients overflowed, an enabled scaler skips the step.
 
         `max_grad_norm`: of the masters' gradients together, of the loss itself; longer ones are
-        shortened to it.
+        shortened to it. `averaged`: the masters have their gradients already, all of them.
         """
         import torch
 
         scaler = scaler or torch.amp.GradScaler(enabled=False)
-        alone = max_grad_norm is None and not scaler.is_enabled()  # no number of all gradients
-        for names in self.in_parts() if alone else [list(self.parameters)]:
-            self.gradients_to_masters(names)
+        # where no number of all gradients is asked for, nor are they all there
+        parted = max_grad_norm is None and not scaler.is_enabled() and not averaged
+        for names in self.in_parts() if parted else [list(self.parameters)]:
+            if not averaged:
+                self.gradients_to_masters(names)
             if max_grad_norm is not None:
                 scaler.unscale_(optimizer)
                 torch.nn.utils.clip_grad_norm_(self.masters.values(), max_grad_norm)
@@ -252,6 +255,10 @@ class TrainableSubset:
             if master is not parameter:
                 master.grad = self.master_gradient(name, parameter.grad)
                 parameter.grad = None
+
+    def gradients(self) -> list[torch.Tensor]:
+        """The masters', float32."""
+        return [m.grad for m in self.masters.values() if m.grad is not None]
 
     def master_gradient(self, name: str, gradient: torch.Tensor | None) -> torch.Tensor | None:
         """Float32, and laid out as the master is: torch's fused Adam on the CPU takes that on

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,6 +39,21 @@ class Rollout:
     def samples(self) -> int:
         """That come of it."""
         return len(self.noise) * (self.steps if self.query is None else 1)
+
+
+def share_of(rollouts: list[Rollout], rank: int, size: int) -> list[Rollout]:
+    """The trajectories of process `rank`: every `size`-th of all of them, with its own noise."""
+    if size == 1:
+        return rollouts
+    found, first = [], 0
+    for rollout in rollouts:
+        batch = len(rollout.noise)
+        rows = slice((rank - first) % size, None, size)
+        first += batch
+        if range(batch)[rows]:
+            noise, concepts = rollout.noise[rows], rollout.concepts[rows]
+            found.append(replace(rollout, noise=noise, concepts=concepts))
+    return found
 
 
 @dataclass(frozen=True)

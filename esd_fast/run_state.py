@@ -59,6 +59,13 @@ class Identity:
     base: str  # the weights of the UNet and the text encoders, and what the scheduler is
     arguments: str  # of esd.run: what is not in the configuration
 
+    @property
+    def told(self) -> dict[str, str]:
+        """What processes that train together have to share, by name."""
+        decisive = {name: value for name, value in self.config.items() if name not in FREE}
+        whole = {"model": self.base, "extra, rollouts or words": self.arguments}
+        return {**{name: repr(value) for name, value in decisive.items()}, **whole}
+
     @classmethod
     def of(
         cls,
@@ -101,6 +108,8 @@ class RunState:
     versions: dict[str, str]
     samples_file: dict[str, Any] = field(default_factory=dict)
     """As the manifest has it, where its samples came from one."""
+    world_size: int = 1
+    """Processes that it ran in. Another number of them rounds otherwise."""
     tensors: Mapping[str, Lazy] = field(default_factory=dict, compare=False)
 
     @property
@@ -196,6 +205,7 @@ def state_of(
         resumed_at,
         versions(),
         {} if samples is None else samples_file,
+        fitter.ranks.size,
         {name: Lazy.of(tensor) for name, tensor in tensors.items()},
     )
 
@@ -374,6 +384,7 @@ def wrong_type(state: RunState) -> str:
         "every": state.every is None or all_are(int, [state.every]),
         "resumed_at": all_are(int, state.resumed_at),
         "versions": all_are(str, state.versions, dict),
+        "world_size": all_are(int, [state.world_size]),
     }
     return next((name for name, fine in right.items() if not fine), "")
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .engine import least_memory, memory_for
+from .parallel import Ranks
 
 if TYPE_CHECKING:
     from .config import EraseConfig
@@ -25,6 +26,7 @@ def stepping_down(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def wrapper(model: Model, config: EraseConfig, **settings: Any) -> Any:
+        own = (settings.get("ranks") or Ranks()).own  # memory is of this process's share
         try:
             return function(model, config, **settings)
         except torch.OutOfMemoryError:
@@ -32,7 +34,7 @@ def stepping_down(function: Callable[..., Any]) -> Callable[..., Any]:
         free_cached(model)
         lower = lower_than(config)
         if lower is None:
-            raise torch.OutOfMemoryError(what_would_fit(model, config))
+            raise torch.OutOfMemoryError(what_would_fit(model, own(config)))
         why = (
             f"memory ran out with checkpointing {config.checkpointing!r} and collect_batch_size "
             f"{config.collect_batch_size}; again with 'all' and {lower.collect_batch_size}"
@@ -44,7 +46,7 @@ def stepping_down(function: Callable[..., Any]) -> Callable[..., Any]:
             erasure = None
         if erasure is None:
             free_cached(model)
-            raise torch.OutOfMemoryError(what_would_fit(model, lower))
+            raise torch.OutOfMemoryError(what_would_fit(model, own(lower)))
         erasure.manifest["paths_taken"]["checkpointing"] += f" ({why})"
         return erasure
 
