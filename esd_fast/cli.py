@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -18,6 +19,10 @@ from .terminal import one_line, quoted, tell
 
 # evaluation/metrics.py has them; it would bring torch
 EVALUATION_METRICS = ("judge", "clip", "nudenet", "lpips", "fid", "kid")
+BATCH = (
+    "samples an optimizer step; under torchrun or `accelerate launch` in each process, so that the "
+    "total batch is processes x N"
+)
 MODELS = "a diffusers folder, checkpoint file or hub id (default: embedded)"
 METHODS_TOLD = "methods:\n" + "\n".join(f"  {name:<14} {text}" for name, text in METHODS.items())
 
@@ -52,6 +57,8 @@ class Parser(argparse.ArgumentParser):
     """Its errors are one line, like all others."""
 
     def error(self, message: str) -> NoReturn:
+        if os.environ.get("RANK", "0") != "0":  # of torchrun's processes the first says it
+            self.exit(2)
         self.exit(2, f"{self.prog}: {one_line(message)}; {self.prog} --help lists what there is\n")
 
 
@@ -275,7 +282,7 @@ def add_preserved(say: Callable[..., Any]) -> None:
 def add_collecting(say: Callable[..., Any]) -> None:
     """How many samples, and how they are collected."""
     say("--iterations", type=int, metavar="N", help="optimizer steps")
-    say("--batch-size", "--batchsize", type=int, metavar="N", help="samples an optimizer step")
+    say("--batch-size", "--batchsize", type=int, metavar="N", help=BATCH)
     say("--guidance-scale", "--guidance_scale", type=float, metavar="X", help="of the rollout")
     say(
         "--num-inference-steps",

@@ -76,7 +76,7 @@ class EraseConfig:
     """Optimizer steps. Where nobody asked for a number, `from_preset` takes the recipe's for each
     concept (`fast` and `reference`; a student's presets have theirs for all words together)."""
     batch_size: int = 1
-    """Samples an optimizer step."""
+    """Samples an optimizer step; of several processes (parallel.py) all of theirs together."""
     learning_rate: float = 5e-5
     """Of the optimizer (default betas, no schedule)."""
     optimizer: str = "adam"

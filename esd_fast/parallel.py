@@ -19,10 +19,8 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as dist
-
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the command line makes a Ranks before it needs torch
+    import torch
     from torch import Tensor
 
     from .config import EraseConfig
@@ -110,6 +108,8 @@ class Ranks:
         PeerFailed where `error` is the lesser of two."""
         if self.size == 1 or error is self.heard:
             return
+        import torch
+
         if state is None:
             state = INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
             state = OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError) else state
@@ -123,6 +123,8 @@ class Ranks:
         self.heard, self.stopping = error, False
 
     def obey(self, states: Sequence[int]) -> None:
+        import torch
+
         worst = max(states)
         if worst <= DONE:
             return
@@ -140,6 +142,9 @@ class Ranks:
         self.speaks = states.index(max(states)) == self.rank
 
     def exchange(self, state: int, *numbers: float) -> tuple[list[int], list[float]]:
+        import torch
+        import torch.distributed as dist
+
         mine = torch.tensor([state, *numbers], dtype=torch.float64, device="cpu")
         padded = torch.zeros(4, dtype=torch.float64, device="cpu")  # one size, whatever is said
         padded[: len(mine)] = mine
@@ -195,6 +200,8 @@ class Ranks:
         """What each process gives, a few plain values, by rank."""
         if self.size == 1:
             return [value]
+        import torch.distributed as dist
+
         self.agree()
         every: list[Any] = [None] * self.size
         with self.talking():
@@ -215,6 +222,9 @@ class Ranks:
     def gather(self, columns: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         """Everyone's rows of each column, by rank; a process without rows gives no columns. One
         column after the other, so that memory holds one of them twice."""
+        import torch
+        import torch.distributed as dist
+
         mine = {name: (column.dtype, tuple(column.shape)) for name, column in columns.items()}
         every = self.everyones(mine)
         found: dict[str, Tensor] = {}
@@ -239,6 +249,9 @@ class Ranks:
         To be called right after all have agreed."""
         if self.size == 1:
             return
+        import torch
+        import torch.distributed as dist
+
         for bucket in buckets(gradients):
             flat = torch.cat([gradient.flatten() for gradient in bucket]).mul_(share)
             with self.talking():
@@ -264,6 +277,8 @@ def buckets(tensors: Sequence[Tensor], most: int = BUCKET) -> Iterator[list[Tens
 def joined() -> Iterator[Ranks]:
     """Every process of torch.distributed, where the caller has initialised it; otherwise this one
     alone."""
+    import torch.distributed as dist
+
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         yield Ranks()
         return

@@ -80,6 +80,11 @@ class Recorded:
         on_cpu = mapping(self.manifest.get("paths_taken")).get("device") == "cpu"
         return self.count(said, "threads", 1) if on_cpu and said is not None else None
 
+    @property
+    def processes(self) -> int:
+        """That the run had; its batch is of all of them."""
+        return self.count(self.manifest.get("world_size", 1), "world_size", 1)
+
     def count(self, value: Any, name: str, least: int) -> int:
         most = 4096
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
@@ -121,7 +126,7 @@ class Recorded:
             return f"{self.file} is of an earlier version, and does not say what came out"
         if was["result_fingerprint"] == now["result_fingerprint"]:
             return f"the same bits as {self.file}: {now['result_fingerprint']}"
-        plain = {k: (was.get(k), now[k]) for k in ("threads", "processor")}
+        plain = {k: (was.get(k), now[k]) for k in ("world_size", "threads", "processor")}
         told = [
             differences({k: v[0] for k, v in plain.items()}, {k: v[1] for k, v in plain.items()}),
             differences(mapping(was.get("versions")), now["versions"]),

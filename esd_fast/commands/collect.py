@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from esd_fast.files import check_target
 from esd_fast.pages import keep_pages
@@ -11,18 +12,28 @@ from esd_fast.prompts import file_part, safe_name
 from esd_fast.terminal import tell
 
 from .console import Bars, quiet_libraries
+from .launching import launched, placed
 from .train import config_of
+
+if TYPE_CHECKING:
+    from esd_fast.parallel import Ranks
 
 
 def collect(arguments: argparse.Namespace) -> int:
-    """Exit code 0; nothing is written where it was stopped."""
-    config = config_of(arguments)
+    """Exit code 0; nothing is written where it was stopped. Of several processes the first writes."""
+    with launched() as ranks:
+        return collect_in(ranks, arguments)
+
+
+def collect_in(ranks: Ranks, arguments: argparse.Namespace) -> int:
+    config = placed(config_of(arguments, processes=ranks.size), ranks, arguments.device)
     target = Path(
         arguments.output or f"samples-{safe_name(file_part(config.concepts))}.safetensors"
     )
     if target.suffix != ".safetensors":
         raise ValueError(f"--output is {str(target)!r}; it must be a file .safetensors")
-    check_target(target, arguments.overwrite)
+    if ranks.first:
+        check_target(target, arguments.overwrite)
     keep_pages()
     quiet_libraries()
     from esd_fast import collecting
@@ -35,9 +46,12 @@ def collect(arguments: argparse.Namespace) -> int:
         bars.show(progress.phase, progress.done, progress.total)
 
     try:
-        stored = collecting.collect(load_model(arguments.model, config), config, on_progress=show)
+        model = load_model(arguments.model, config)
+        stored = collecting.collect(model, config, ranks=ranks, on_progress=show)
     finally:
         bars.close()
+    if not ranks.first:
+        return 0
     stored.save(target)
     kept = f", {stored.preserved} of them of what is preserved" if stored.preserved else ""
     tell(

@@ -42,6 +42,11 @@ class Repeated:
         say(f"made with other versions: {versions}" if versions else "")
         return config
 
+    def note_processes(self, number: int) -> None:
+        was = self.run.processes
+        if was != number:
+            say(f"made by {was} processes, now {number}: the same batches, rounded otherwise")
+
     def same_threads(self) -> None:
         """As the run had: torch's sums depend on their number."""
         import torch

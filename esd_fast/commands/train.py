@@ -10,11 +10,12 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esd_fast import IMPORTED
-from esd_fast.config import EraseConfig, refuse
+from esd_fast.config import MOST_AT_A_TIME, EraseConfig, check_count, refuse
 from esd_fast.evaluation import write_atomically
 from esd_fast.files import check_outside, check_target, free_folder, output_folder
 from esd_fast.pages import keep_pages
@@ -24,12 +25,14 @@ from esd_fast.prompts import file_part, safe_name
 from esd_fast.terminal import tell
 
 from .console import Bars, peak_memory_bytes, quiet_libraries
+from .launching import launched, placed
 from .reference_flags import reference_file, translated
 from .repeating import Repeated, run_to_repeat
 
 if TYPE_CHECKING:
     from esd_fast.erasure import Erasure
     from esd_fast.models import Model
+    from esd_fast.parallel import Ranks
     from esd_fast.run_state import Checkpoints, RunState
     from esd_fast.stored_samples import StoredSamples
 
@@ -42,27 +45,80 @@ KEEP_PROMPTS = ("a photo of a dog", "a house by a lake", "a portrait of a woman"
 
 
 def train(arguments: argparse.Namespace) -> int:
-    """Exit code 0; 130 after Ctrl-C or SIGTERM, with the work so far saved."""
+    """Exit code 0; 130 after Ctrl-C or SIGTERM, with the work so far saved. Of several processes
+    the first draws and writes."""
+    with launched() as ranks:
+        return train_in(ranks, arguments)
+
+
+def train_in(ranks: Ranks, arguments: argparse.Namespace) -> int:
     repeated = run_to_repeat(arguments)
     for note in translated(arguments):
         tell(f"note: {note}", sys.stderr)
     stored = samples_to_take(arguments)
-    resume = state_to_resume(arguments)
-    config = config_of(arguments, resume, repeated, stored)
+    resume = state_to_resume(arguments, ranks.size)
+    config = config_of(arguments, resume, repeated, stored, ranks.size)
+    config = placed(config, ranks, arguments.device)
     if not 0 <= arguments.harden <= MOST_ROUNDS:
         refuse("--harden", arguments.harden, f"a whole number from 0 (none) to {MOST_ROUNDS}")
     if arguments.pictures is not None and not 0 <= arguments.pictures <= MOST_COLUMNS:
         refuse("--pictures", arguments.pictures, f"a whole number from 0, at most {MOST_COLUMNS}")
     if arguments.harden and (resume or arguments.checkpoint_every is not None):
         refuse("--harden", arguments.harden, "0 with checkpoints: its several runs are not resumed")
+    if arguments.harden and ranks.size > 1:
+        refuse("--harden", arguments.harden, "0 where there are several processes")
+    if not ranks.first:
+        return follow(ranks, arguments, config, resume, repeated, stored)
     delta = delta_place(arguments, config)
     folder = results_folder(arguments.output, config, arguments.overwrite or resume is not None)
     check_outside(folder, arguments.model)
     with output_folder(folder):  # shown to be writable before any training
-        return train_into(folder, delta, arguments, config, resume, repeated, stored)
+        return train_into(ranks, folder, delta, arguments, config, resume, repeated, stored)
+
+
+def follow(
+    ranks: Ranks,
+    arguments: argparse.Namespace,
+    config: EraseConfig,
+    resume: RunState | None,
+    repeated: Repeated | None,
+    stored: StoredSamples | None,
+) -> int:
+    """What every process but the first does of a run."""
+    keep_pages()
+    quiet_libraries()
+    from esd_fast.esd import EraseInterrupted, run
+
+    model, config = model_for(arguments, config, repeated, stored)
+    # 0 in any case: torchrun ends the others at once where one fails, and the first is saving
+    with suppress(EraseInterrupted):
+        run(model, config, resume=resume, stored=stored, ranks=ranks)
+    return 0
+
+
+def model_for(
+    arguments: argparse.Namespace,
+    config: EraseConfig,
+    repeated: Repeated | None,
+    stored: StoredSamples | None,
+) -> tuple[Model, EraseConfig]:
+    """The model, and the settings with what only it tells. Raises ValueError where it is not that
+    of the run that is repeated, or of the samples."""
+    from esd_fast.models import load_model
+
+    if repeated:
+        repeated.same_threads()
+    model = load_model(arguments.model, config)
+    if repeated:
+        repeated.check_base(model)
+    config = config.for_model(model)
+    if stored is not None:
+        stored.check(model, config)  # before anything is drawn
+    return model, config
 
 
 def train_into(
+    ranks: Ranks,
     folder: Path,
     delta: Path | None,
     arguments: argparse.Namespace,
@@ -76,20 +132,12 @@ def train_into(
     quiet_libraries()
     from esd_fast.esd import EraseInterrupted
     from esd_fast.evaluation.proof import proof_for
-    from esd_fast.models import load_model
     from esd_fast.run_state import Checkpoints, forget_checkpoints
 
     checkpoints = Checkpoints.of(folder, arguments.checkpoint_every, resume)
-    if repeated:
-        repeated.same_threads()
-    model = load_model(arguments.model, config)
-    if repeated:
-        repeated.check_base(model)
+    model, config = model_for(arguments, config, repeated, stored)
     if resume is None:
         forget_checkpoints(folder)  # --overwrite was said
-    config = config.for_model(model)
-    if stored is not None:
-        stored.check(model, config)  # before anything is drawn
     loaded = time.monotonic() - IMPORTED
     columns = columns_of(arguments.pictures, model)
     proof = proof_for(model, config, columns, arguments.keep_prompt or KEEP_PROMPTS)
@@ -97,7 +145,7 @@ def train_into(
     drawn = time.monotonic() - IMPORTED
     interruption = None
     try:
-        erasure = erased(model, config, arguments.harden, bars, checkpoints, resume, stored)
+        erasure = erased(model, config, arguments.harden, bars, ranks, checkpoints, resume, stored)
     except EraseInterrupted as caught:
         erasure, interruption = caught.erasure, caught
     finally:
@@ -142,6 +190,7 @@ def erased(
     config: EraseConfig,
     rounds: int,
     bars: Bars,
+    ranks: Ranks | None = None,
     checkpoints: Checkpoints | None = None,
     resume: RunState | None = None,
     stored: StoredSamples | None = None,
@@ -159,6 +208,7 @@ def erased(
             checkpoints=checkpoints,
             resume=resume,
             stored=stored,
+            ranks=ranks,
             on_progress=show,
         )
     adversaries = [
@@ -168,7 +218,7 @@ def erased(
     return harden(model, config, rounds, adversaries, on_progress=show)
 
 
-def state_to_resume(arguments: argparse.Namespace) -> RunState | None:
+def state_to_resume(arguments: argparse.Namespace, processes: int = 1) -> RunState | None:
     """With --resume: the newest whole checkpoint. Model and output are then its run's."""
     if arguments.resume is None:
         if not (
@@ -192,6 +242,12 @@ def state_to_resume(arguments: argparse.Namespace) -> RunState | None:
     if arguments.model is None and state.identity.model != "embedded":
         arguments.model = state.identity.model
     tell(f"going on from step {state.step}", sys.stderr)
+    if state.world_size != processes:
+        tell(
+            f"note: it was in {state.world_size} processes, now {processes}: the same batches, "
+            "rounded otherwise",
+            sys.stderr,
+        )
     return state
 
 
@@ -215,9 +271,11 @@ def config_of(
     resume: RunState | None = None,
     repeated: Repeated | None = None,
     stored: StoredSamples | None = None,
+    processes: int = 1,
 ) -> EraseConfig:
     """Every field of EraseConfig that the command line gives; over those of a resumed run or of
-    stored samples, which are compared where the run begins, or of one that is repeated."""
+    stored samples, which are compared where the run begins, or of one that is repeated. The batch
+    is of all processes, as it is there; on the command line and in presets of each."""
     names = {f.name for f in dataclasses.fields(EraseConfig)} - {"concept", "preset"}
     given = {n: getattr(arguments, n) for n in names if hasattr(arguments, n)}
     concepts = arguments.concept
@@ -229,7 +287,11 @@ def config_of(
     recorded = repeated.config.concepts if repeated else ()
     if given["erase_from"] is not None and len(concepts or recorded) > 1:  # "" leaves one out
         given["erase_from"] = [text or None for text in given["erase_from"]]
+    if given["batch_size"] is not None:
+        check_count("--batch-size", given["batch_size"], MOST_AT_A_TIME // processes)
+        given["batch_size"] *= processes
     if repeated:
+        repeated.note_processes(processes)
         return repeated.with_given({"concept": concepts, **given})
     if resume is not None:
         from esd_fast.run_state import config_in
@@ -243,7 +305,10 @@ def config_of(
         config = EraseConfig.from_preset(preset, concepts, arguments.model, **given)
         stored.check_settings(config)
         return config
-    return EraseConfig.from_preset(arguments.preset or "fast", concepts, arguments.model, **given)
+    config = EraseConfig.from_preset(arguments.preset or "fast", concepts, arguments.model, **given)
+    if given["batch_size"] is not None:
+        return config
+    return dataclasses.replace(config, batch_size=config.batch_size * processes)
 
 
 def delta_place(arguments: argparse.Namespace, config: EraseConfig) -> Path | None:
