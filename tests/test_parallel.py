@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -77,7 +77,7 @@ def run_of(ranks: Ranks | None, batch_size: int, graphs: RunGraphs | None = None
 # --- what each of the two does --------------------------------------------------------------------------
 
 
-def process(rank: int, folder: Path, port: int) -> None:
+def process(rank: int, folder: Path, ports: list[int], meet: Any) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     store = dist.FileStore(str(folder / "store"), 2)
@@ -101,19 +101,34 @@ def process(rank: int, folder: Path, port: int) -> None:
     dist.destroy_process_group()
     os.environ.update(
         {
-            "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+            "RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "LOCAL_RANK": str(rank),
+            "MASTER_ADDR": "127.0.0.1",
+            "OMP_NUM_THREADS": "1",
         }
     )
     model = ["--model", str(GOLDEN / "sd-ddim"), "--pictures", "0"]
     short = ["--iterations", "2", "--num-inference-steps", "3"]
     what = ["train", "--concept", "cat", *short, "--output", str(folder / "out")]
-    found["command"] = said([*what, *model])
-    found["command again"] = said(
-        ["train", "--manifest", str(folder / "out"), *short[:2], "--output", str(folder / "again")]
+
+    def both_say(name: str, *arguments: str) -> None:
+        meet.wait(120)  # the store of the command before is gone
+        os.environ["MASTER_PORT"] = str(ports.pop())
+        found[name] = said(arguments)
+        if dist.is_initialized():  # it failed, and a process would end here
+            dist.destroy_process_group()
+
+    both_say("command", *what, *model)
+    again = ["--manifest", str(folder / "out"), "--output", str(folder / "again")]
+    both_say("command again", "train", *again)
+    both_say("both wrong", *what, *model)
+    both_say(
+        "one wrong",
+        *what,
+        "--overwrite",
+        *(["--model", str(folder / "nowhere.ckpt")] if rank else model),
     )
-    found["both wrong"] = said([*what, *model])
-    found["one wrong"] = said([*what, "--overwrite", *(["--model", "nowhere"] if rank else model)])
     torch.save(found, folder / f"{rank}.pt")
 
 
@@ -173,12 +188,12 @@ def stopped(rank: int, folder: Path) -> Any:
     return None
 
 
-def said(arguments: list[str]) -> tuple[int, str, str]:
+def said(arguments: Sequence[str]) -> tuple[int, str, str]:
     """Of a command: its exit code, and what it told."""
     out, error = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
         try:
-            code = main(arguments)
+            code = main([*arguments])
         except SystemExit as exit_:
             code = int(exit_.code or 0)
     return code, out.getvalue(), error.getvalue()
@@ -191,12 +206,15 @@ def said(arguments: list[str]) -> tuple[int, str, str]:
 def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """What the two found, by rank; they ran once."""
     folder = tmp_path_factory.mktemp("both")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    with contextlib.ExitStack() as stack:
+        free = [stack.enter_context(socket.socket()) for _ in range(4)]
+        for each in free:
+            each.bind(("127.0.0.1", 0))
+        ports = [each.getsockname()[1] for each in free]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.test_parallel"])
-    processes = [context.Process(target=process, args=(r, folder, port)) for r in range(2)]
+    shared = folder, ports, context.Barrier(2)
+    processes = [context.Process(target=process, args=(r, *shared)) for r in range(2)]
     for each in processes:
         each.start()
     for each in processes:
