@@ -23,7 +23,7 @@ from measure import machine
 
 from esd_fast.config import EraseConfig
 from esd_fast.esd import run
-from esd_fast.models import load_model
+from esd_fast.models import Model, load_model
 from esd_fast.pages import keep_pages
 from esd_fast.parallel import Ranks, joined
 
@@ -41,13 +41,14 @@ def main() -> None:
     config = EraseConfig.from_preset(
         "fast", "cat", batch_size=said.batch_size * size, iterations=said.iterations, device="cpu"
     )
+    model = load_model(None, config)
     found: dict[int, list[dict[str, float]]] = {1: [], size: []}
     for _ in range(said.repeats):
         if first:
-            found[1].append(seconds(config, Ranks()))
+            found[1].append(seconds(model, config, Ranks()))
         dist.barrier()
         with joined() as ranks:
-            found[size].append(seconds(config, ranks))
+            found[size].append(seconds(model, config, ranks))
     if first:
         rows = [row(number, config, measured) for number, measured in found.items()]
         said.json.write_text(json.dumps({"machine": machine("cpu"), "rows": rows}, indent=1) + "\n")
@@ -56,9 +57,10 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def seconds(config: EraseConfig, ranks: Ranks) -> dict[str, float]:
-    manifest = run(load_model(None, config), config, ranks=ranks).manifest
-    return {phase: manifest["seconds"][phase] for phase in ("collect", "fit")}
+def seconds(model: Model, config: EraseConfig, ranks: Ranks) -> dict[str, float]:
+    erasure = run(model, config, ranks=ranks)
+    erasure.revert(model.unet)
+    return {phase: erasure.manifest["seconds"][phase] for phase in ("collect", "fit")}
 
 
 def row(number: int, config: EraseConfig, measured: list[dict[str, float]]) -> dict[str, Any]:
