@@ -165,7 +165,7 @@ def run(
     them, and erased from the same prompt. `config.iterations` is for all together. `rollouts`
     replaces the plan drawn from the seed, `words` the tokenizer's own, which `keep_vocabulary`
     holds to, `graphs` what `cuda_graphs` chooses. `resume`: the state of such a run to go on
-    on from, `stored`: samples that need not be collected; ValueError where they are of another.
+    from, `stored`: samples that need not be collected; ValueError where they are of another.
     `ranks`: the processes that do it together, if not this one alone; the batch of `config` is
     then of all of them."""
     started = time.perf_counter() - (resume.seconds["total"] if resume else 0.0)
