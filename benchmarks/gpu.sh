@@ -21,6 +21,8 @@ while (($#)); do
   esac
   shift
 done
+patience=1
+[[ $device == cuda* ]] || patience=10 # the limits are a GPU's
 python=${PYTHON:-python3}
 mkdir -p "$output"
 
@@ -35,7 +37,7 @@ fi
 failed=()
 # stage SECONDS NAME COMMAND...: into NAME.log too
 stage() {
-  local limit=$1 name=$2 begun=$SECONDS
+  local limit=$(($1 * patience)) name=$2 begun=$SECONDS
   shift 2
   printf '\n=== %s  [%d s]\n' "$name" "$SECONDS"
   timeout --kill-after=10 "$limit" "$@" 2>&1 | tee "$output/$name.log" || failed+=("$name")
