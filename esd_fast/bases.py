@@ -13,6 +13,8 @@ from .tensor_files import bytes_of
 if TYPE_CHECKING:
     from .models import Model
 
+WIDENED = 2**20  # numbers at a time: to 8 bytes each, before they are summed
+
 
 def scheduler_told(model: Model) -> tuple[str, dict[str, Any]]:
     """Its class and its configuration."""
@@ -46,8 +48,9 @@ def weights_digest(modules: Iterable[torch.nn.Module]) -> str:
                 total = type(weight).__name__
             elif not weight.is_meta:
                 bits = weight.detach().view(integers[weight.element_size()])
-                rows = torch.atleast_1d(bits).split(1024)  # each is widened before it is summed
-                total = int(sum(part.sum(dtype=torch.int64) for part in rows))
+                rows = torch.atleast_1d(bits)
+                few = max(1, WIDENED * len(rows) // max(1, rows.numel()))
+                total = int(sum(part.sum(dtype=torch.int64) for part in rows.split(few)))
             digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {total}\n".encode())
     return digest.hexdigest()[:16]
 

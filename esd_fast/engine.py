@@ -15,7 +15,9 @@ from .checkpointing import blocks_in_backward, checkpointed
 from .config import bytes_of
 from .frozen_conv import frozen_convolutions
 from .kept_projections import kept_projections
+from .live import parts_to_place
 from .packed_weights import FEWEST_WEIGHTS, packed_weights
+from .pages import page_out_files
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -126,6 +128,8 @@ def engaged(
     Enter it when `requires_grad` is set.
     """
     unet = model.unet
+    others = [p for part in parts_to_place(model.pipeline).values() for p in part.parameters()]
+    paged_out = page_out_files(p for p in others if p.device.type == "cpu")
     with ExitStack() as stack:
         if is_accelerated(unet):
             paths = {"accelerate": "the caller's"}
@@ -147,6 +151,7 @@ def engaged(
             "prompt_projections": f"{projections} kept while prompt and weight stay the same",
             "packed_weights": str(packing),
             "checkpointing": layout.why,
+            "other_networks": f"{paged_out / 2**20:.0f} MiB of files out of memory meanwhile",
         }
 
 

@@ -20,8 +20,9 @@ from .esd import EraseInterrupted, Progress, run
 from .evaluation.attacks import OBJECT, attacks_on
 from .evaluation.inversion import InversionConfig, LearnedToken, invert
 from .evaluation.placeholder import Placeholder
-from .evaluation.proof import GUIDANCE_EMBEDDED, GUIDANCE_OTHERS, parts_to_place
+from .evaluation.proof import GUIDANCE_EMBEDDED, GUIDANCE_OTHERS
 from .generate import Shot, pictures
+from .live import parts_to_place
 from .models.text import visiting
 
 if TYPE_CHECKING:

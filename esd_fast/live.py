@@ -117,3 +117,9 @@ def onloading(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(model, *arguments, **settings)
 
     return wrapper
+
+
+def parts_to_place(pipeline: Any) -> dict[str, Any]:
+    """What drawing needs on the UNet's device besides the UNet."""
+    names = [n for n in pipeline.components if n == "vae" or n.startswith("text_encoder")]
+    return {n: getattr(pipeline, n) for n in names if getattr(pipeline, n) is not None}

@@ -11,7 +11,9 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 MADV_PAGEOUT = 21  # mman.h
@@ -51,6 +53,19 @@ def file_ranges() -> list[tuple[int, int]]:
     # address permissions offset device inode [path]
     files = [fields[0] for fields in map(str.split, lines) if fields[4] != "0"]
     return [(int(first, 16), int(last, 16)) for first, last in (f.split("-") for f in files)]
+
+
+def page_out_files(tensors: Iterable[Any]) -> int:
+    """Those of `tensors` (torch.Tensor, on the CPU) that lie in mapped files leave memory until
+    somebody reads them; the bytes of these. In other memory, and elsewhere, nothing happens."""
+    files = file_ranges()
+    gone = 0
+    for tensor in tensors:
+        address, size = tensor.data_ptr(), tensor.nbytes
+        if size and any(first <= address < last for first, last in files):
+            page_out(address, size)
+            gone += size
+    return gone
 
 
 def page_out(address: int, size: int) -> None:

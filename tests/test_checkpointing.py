@@ -114,3 +114,30 @@ def test_a_frozen_convolution_saves_its_weight_alone():
             gradients += torch.autograd.grad(out.square().sum(), pixels)
     assert kept == [pixels.nelement() * 4, 0]
     assert pipelines.same_bits(*gradients)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "layout"),
+    [
+        ("AVX2", torch.bfloat16, torch.channels_last),
+        ("AVX2", torch.float32, torch.contiguous_format),
+        ("AVX512", torch.bfloat16, torch.contiguous_format),
+    ],
+)
+def test_layout_of_16_bit_convolutions(monkeypatch, capability, dtype, layout):
+    """Without AVX-512 oneDNN has them in channels_last alone; the numbers are the convolution's."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    convolution = torch.nn.Conv2d(6, 8, 3, padding=1).to(dtype).requires_grad_(False)
+    pixels = torch.randn(2, 6, 5, 5, dtype=dtype, requires_grad=True)
+    exact = pixels.detach().double().requires_grad_()
+    wanted = torch.nn.functional.conv2d(
+        exact, convolution.weight.double(), convolution.bias.double(), padding=1
+    )
+    (gradient,) = torch.autograd.grad(wanted.square().sum(), exact)
+    with frozen_convolutions(convolution):
+        out = convolution(pixels)
+        (ours,) = torch.autograd.grad(out.float().square().sum(), pixels)
+    assert out.is_contiguous(memory_format=layout)
+    unit = 4 * torch.finfo(dtype).eps
+    assert (out.double() - wanted).norm() <= unit * wanted.norm()
+    assert (ours.double() - gradient).norm() <= unit * gradient.norm()

@@ -50,3 +50,22 @@ def test_another_c_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
     assert not esd_fast.keep_pages()
     assert not esd_fast.give_back_pages()
+
+
+@pytest.mark.skipif(pages.c_function("madvise") is None, reason="not Linux")
+def test_tensors_in_files_leave_memory_and_come_back(tmp_path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from esd_fast.commands.console import resident_bytes
+
+    numbers = torch.randn(2**24)
+    save_file({"weight": numbers}, tmp_path / "weights.safetensors")
+    (mapped,) = load_file(tmp_path / "weights.safetensors").values()
+    elsewhere = numbers.clone()
+    assert torch.equal(mapped, numbers)
+    held = resident_bytes("RssFile")
+    assert pages.page_out_files([mapped, elsewhere, torch.empty(0)]) == mapped.nbytes
+    assert held - resident_bytes("RssFile") > 0.9 * mapped.nbytes
+    assert torch.equal(mapped, numbers)
+    assert torch.equal(elsewhere, numbers)

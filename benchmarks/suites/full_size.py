@@ -1,7 +1,9 @@
 """An SD 1.x-shaped checkpoint (random weights, bfloat16) through the whole command line.
 
-Does anything break at size, and what does it take? Beside it the reference loop, in bfloat16 too, for the same
-number of samples. Each in a process of its own; memory is the resident peak of the whole process.
+Does anything break at size, and what does it take? As it is, and as lean as it can (`lean`: 8-bit moments, every
+block checkpointed; with the extra bitsandbytes). Beside it the reference loop, in bfloat16 too, for the same number
+of samples. Each in a process of its own; memory is the resident peak of the whole process, and what it has beyond
+the loaded pipeline is told.
 """
 
 from __future__ import annotations
@@ -16,12 +18,15 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from measure import Settings, in_fresh_process, peak, reset_peak
 from rows import Row
+
+from esd_fast.frozen_conv import wants_channels_last
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,7 +59,12 @@ def run(settings: Settings) -> Iterator[Row]:
         in_fresh_process(write_checkpoint, str(checkpoint), settings.quick)
         at_size = ON_CPU if torch.device(settings.device).type == "cpu" else ON_GPU
         job = Job(str(checkpoint), settings.device, QUICK if settings.quick else at_size)
-        yield row_of("esd_fast", job, command_line(job, Path(folder) / "out"))
+        loaded = in_fresh_process(loaded_memory, job)
+        for contestant, options in CONTESTANTS.items():
+            if contestant == LEAN and find_spec("bitsandbytes") is None:
+                continue
+            measured = command_line(job, options, Path(folder) / "out")
+            yield row_of(contestant, job, {**measured, "loaded_memory_bytes": loaded})
         yield row_of("reference", job, in_fresh_process(reference, job))
 
 
@@ -71,7 +81,11 @@ def row_of(contestant: str, job: Job, measured: dict[str, Any]) -> Row:
     )
 
 
-def command_line(job: Job, output: Path) -> dict[str, Any]:
+LEAN = "esd_fast, lean"
+CONTESTANTS = {"esd_fast": (), LEAN: ("--optimizer", "adam8bit", "--checkpointing", "all")}
+
+
+def command_line(job: Job, options: Sequence[str], output: Path) -> dict[str, Any]:
     """`esd-fast train` as a user starts it; `seconds` are those of collect and fit."""
     command = [sys.executable, "-P", "-m", "esd_fast.cli", "train", "--concept", "a red bicycle"]
     command += ["--model", job.folder, "--output", str(output), "--device", job.device]
@@ -81,6 +95,7 @@ def command_line(job: Job, output: Path) -> dict[str, Any]:
         str(job.size.iterations),
         "--num-inference-steps",
         str(job.size.steps),
+        *options,
     ]
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
@@ -96,18 +111,40 @@ def command_line(job: Job, output: Path) -> dict[str, Any]:
     }
 
 
-def reference(job: Job) -> dict[str, Any]:
-    """The reference loop, for as many samples, on the same checkpoint."""
-    import reference_loop
-    from diffusers import StableDiffusionPipeline
+def loaded_memory(job: Job) -> int:
+    """Of what the command line loads, every weight read: pages of files come as they are read."""
+    from esd_fast.config import EraseConfig
+    from esd_fast.esd import load_model
 
+    begin(job)
+    config = EraseConfig(concept="nothing", dtype="bfloat16", device=job.device)
+    return read_all(load_model(job.folder, config).pipeline, job.device)
+
+
+def begin(job: Job) -> None:
     from esd_fast.commands.console import quiet_libraries
     from esd_fast.pages import keep_pages
 
     keep_pages()
     quiet_libraries()
-    started = time.perf_counter()
     reset_peak(job.device)
+
+
+def read_all(pipeline: Any, device: str) -> int:
+    """Bytes that are held then."""
+    for part in (pipeline.unet, pipeline.text_encoder, pipeline.vae):
+        for parameter in part.parameters():
+            parameter.detach().flatten()[::1024].float().sum()  # a number of each page
+    return reset_peak(device)
+
+
+def reference(job: Job) -> dict[str, Any]:
+    """The reference loop, for as many samples, on the same checkpoint."""
+    import reference_loop
+    from diffusers import StableDiffusionPipeline
+
+    begin(job)
+    started = time.perf_counter()
     pipeline = StableDiffusionPipeline.from_pretrained(
         job.folder, dtype=torch.bfloat16, safety_checker=None
     ).to(job.device)
@@ -117,6 +154,10 @@ def reference(job: Job) -> dict[str, Any]:
         num_inference_steps=job.size.steps,
         resolution=job.size.resolution,
     )
+    loaded = read_all(pipeline, job.device)
+    for module in pipeline.unet.modules():  # as ours, or it would take hours
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_pre_hook(in_fast_layout)
     begun = time.perf_counter()
     result = reference_loop.reference(pipeline, settings)
     ended = time.perf_counter()
@@ -125,8 +166,16 @@ def reference(job: Job) -> dict[str, Any]:
         "first_seconds": ended - started,
         "unet_passes": result.unet_passes,
         "peak_memory_bytes": peak(job.device),
+        "loaded_memory_bytes": loaded,
         "note": "first: loading included; memory: the whole process",
     }
+
+
+def in_fast_layout(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> Any:
+    (pixels,) = inputs
+    if wants_channels_last(pixels.device.type, pixels.dtype):
+        return pixels.contiguous(memory_format=torch.channels_last)
+    return None
 
 
 # --- the checkpoint ---------------------------------------------------------------------------------
@@ -211,14 +260,20 @@ def filled(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
+def beyond_loaded(row: Row) -> int:
+    """Bytes."""
+    return (row.peak_memory_bytes or 0) - (row.loaded_memory_bytes or 0)
+
+
 def plot(rows: Sequence[Row], figure: Figure) -> None:
     """Passes, seconds and memory, side by side."""
     shown = {
         "UNet passes": [r.unet_passes for r in rows],
         "seconds": [r.seconds for r in rows],
         "peak memory, GB": [(r.peak_memory_bytes or 0) / 1e9 for r in rows],
+        "of it beyond the loaded model": [beyond_loaded(r) / 1e9 for r in rows],
     }
     names = [r.contestant for r in rows]
-    for axes, (title, values) in zip(figure.subplots(1, 3), shown.items(), strict=True):
+    for axes, (title, values) in zip(figure.subplots(1, len(shown)), shown.items(), strict=True):
         axes.bar(names, values, color=[f"C{i}" for i in range(len(names))])
         axes.set(title=title)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from esd_fast.files import check_no_link
 from esd_fast.generate import Shot, pictures, to_pil
+from esd_fast.live import parts_to_place
 from esd_fast.prompts import safe_name
 
 from .pictures import (
@@ -25,7 +26,6 @@ from .pictures import (
     tile,
     was_cut,
 )
-from .proof import parts_to_place
 
 if TYPE_CHECKING:
     from esd_fast.erasure import Erasure

@@ -11,6 +11,7 @@ import numpy as np
 
 from esd_fast.demo import world
 from esd_fast.generate import Shot, pictures, to_pil
+from esd_fast.live import parts_to_place
 
 from .intervals import before_after
 from .pictures import GridRow
@@ -139,12 +140,6 @@ def at_home(pipeline: Any) -> Iterator[None]:
     finally:
         for name, place in places.items():
             getattr(pipeline, name).to(place)
-
-
-def parts_to_place(pipeline: Any) -> dict[str, Any]:
-    """What drawing needs on the UNet's device besides the UNet."""
-    names = [n for n in pipeline.components if n == "vae" or n.startswith("text_encoder")]
-    return {n: getattr(pipeline, n) for n in names if getattr(pipeline, n) is not None}
 
 
 def proof_for(
