@@ -311,7 +311,7 @@ SWEEP: list[dict[str, Any]] = [
 ] + [
     {"train_method": method, name: value}
     for method in METHODS
-    for name, value in (("iterations", 100), ("num_inference_steps", 20))
+    for name, value in (("iterations", 100), ("iterations", 400), ("num_inference_steps", 20))
 ]
 # float32 first: the others are compared with it
 PRECISION: list[dict[str, Any]] = [

@@ -44,6 +44,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "fast, esd-x": ESD_X,
     "fast, hardened": {"harden": 2},
     "fast, esd-x, hardened": {**ESD_X, "harden": 2},
+    "fast, esd-x, hardened, preserved": {**ESD_X, "harden": 2, "preserve": "default"},
 }
 ERASED, KEPT, EXAMPLES = 24, 96, 16
 RESISTANCE = Resistance(
