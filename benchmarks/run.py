@@ -64,9 +64,8 @@ def report(name: str, suite: object, rows: list[Row], arguments: argparse.Namesp
         return
     for kind in dict.fromkeys(r.suite for r in rows):
         show([r for r in rows if r.suite == kind], title=kind)
-    verdict = getattr(suite, "verdict", lambda _: None)(rows)
-    if verdict is not None:
-        print(f"esd_fast against the reference, {verdict.runs} pairs of runs:")
+    for verdict in getattr(suite, "verdicts", lambda _: [])(rows):
+        print(f"{verdict.ours} against the reference, {verdict.runs} pairs of runs:")
         print("\n".join(f"  {line}" for line in verdict.lines()))
     write_csv(rows, arguments.output / f"{name}.csv")
     from matplotlib.figure import Figure

@@ -91,6 +91,19 @@ def test_verdict_pairs_by_concept_and_seed_and_says_what_missed():
     assert erase.verdict(rows[:1]) is None
 
 
+def test_preserving_has_a_target_of_its_own():
+    rows = pairs([0.9, 0.9], [0.9, 0.9])
+    kept = [
+        replace(r, contestant=erase.PRESERVED, unet_passes=1400)
+        for r in rows
+        if r.contestant == "esd_fast"
+    ]
+    plain, preserved = erase.verdicts([*rows, *kept])
+    assert (plain.ours, preserved.ours) == ("esd_fast", erase.PRESERVED)
+    assert preserved.passes == 10400 / 1400
+    assert "7.4x fewer UNet passes (target 5x: met)" in preserved.lines()
+
+
 def test_best_rate_of_a_sweep(tmp_path):
     rows = [
         replace(ROW, contestant=who, case=f"learning_rate={rate:g}", UA=ua, IRA=kept, CRA=kept)
@@ -112,4 +125,5 @@ def test_best_rate_of_a_sweep(tmp_path):
     ]
     write_json(equals, {}, tmp_path / "esd_fast.json")
     assert erase.swept_rates(tmp_path)["esd_fast"] == erase.SWEEP_RATES["esd_fast"][1]
-    assert set(erase.best_rates()) == set(erase.SWEEP_RATES)
+    assert set(erase.best_rates()) == {*erase.SWEEP_RATES, erase.PRESERVED}
+    assert set(erase.ENTRIES) == set(erase.best_rates())
