@@ -129,7 +129,8 @@ def engaged(
     """
     unet = model.unet
     others = [p for part in parts_to_place(model.pipeline).values() for p in part.parameters()]
-    paged_out = page_out_files(p for p in others if p.device.type == "cpu")
+    plain = (p for p in others if type(p) is torch.nn.Parameter and p.device.type == "cpu")
+    paged_out = page_out_files(plain)  # others are a library's, and need not have an address
     with ExitStack() as stack:
         if is_accelerated(unet):
             paths = {"accelerate": "the caller's"}
