@@ -271,9 +271,10 @@ def plot(rows: Sequence[Row], figure: Figure) -> None:
         "UNet passes": [r.unet_passes for r in rows],
         "seconds": [r.seconds for r in rows],
         "peak memory, GB": [(r.peak_memory_bytes or 0) / 1e9 for r in rows],
-        "of it beyond the loaded model": [beyond_loaded(r) / 1e9 for r in rows],
+        "beyond the loaded, GB": [beyond_loaded(r) / 1e9 for r in rows],
     }
     names = [r.contestant for r in rows]
     for axes, (title, values) in zip(figure.subplots(1, len(shown)), shown.items(), strict=True):
         axes.bar(names, values, color=[f"C{i}" for i in range(len(names))])
         axes.set(title=title)
+        axes.tick_params(axis="x", labelrotation=30)
