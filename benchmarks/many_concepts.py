@@ -35,7 +35,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "preserved": {"preserve": "default"},
     "esd-x": {"train_method": "esd-x"},
 }
-FEWEST, ERASED, KEPT = 12, 48, 200  # pictures of an erased concept, of all of them, of others
+FEWEST, ERASED, KEPT = 8, 48, 120  # pictures of an erased concept, of all of them, of others
 
 
 def questions(concepts: Sequence[str], seed: int) -> list[Question]:
