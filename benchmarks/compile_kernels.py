@@ -1,11 +1,14 @@
-"""Compiles every GPU kernel ahead of time, no GPU needed, and prints what each uses on each architecture.
+"""What every GPU kernel uses on each architecture, ahead of time and without a GPU.
 
-    python benchmarks/compile_kernels.py            # Triton, and CUDA C++ where nvcc is there
+    python benchmarks/compile_kernels.py            # Triton, and CUDA C++ where the native module has it
     python benchmarks/compile_kernels.py triton     # one of them
 
-Exits with 1 if a kernel spills registers, uses local memory, or needs more shared memory than the
-architecture gives a block. A new Triton kernel gets an entry in `triton_kernels`; a new file in csrc/cuda
-is found by itself.
+Triton's kernels are compiled here; those in CUDA C++ are read out of the installed native module, as it is
+shipped. Both need Triton, which brings cuobjdump.
+
+Exits with 1 if a kernel spills registers, uses local memory, needs more shared memory than the architecture
+gives a block, or is not in the module for some architecture (CUDAARCHS leaves some out). A new Triton kernel
+gets an entry in `triton_kernels`; a new CUDA kernel is found by itself.
 """
 
 import argparse
@@ -16,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -255,12 +258,10 @@ def compile_triton(kernel: TritonKernel, arch: int) -> Usage:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin]
-        report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    count = {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", report)}
+        (usage,) = read_usages(cuobjdump("-res-usage", cubin))
     # Shared memory is allocated at the launch, so the binary itself does not always know of it.
-    shared = max(count["SHARED"], compiled.metadata.shared)
-    return Usage(kernel.label, arch, count["REG"], shared, max(count["STACK"], count["LOCAL"]))
+    shared = max(usage.shared, compiled.metadata.shared)
+    return replace(usage, kernel=kernel.label, shared=shared)
 
 
 def triton_usages() -> list[Usage]:
@@ -272,42 +273,61 @@ def triton_usages() -> list[Usage]:
     return [compile_triton(kernel, arch) for kernel in triton_kernels() for arch in SHARED_LIMITS]
 
 
+def cuda_module() -> Path | None:
+    """The native module's file, if the CUDA kernels are in it."""
+    try:
+        from esd_fast import _native
+    except ImportError:
+        return None
+    return Path(_native.__file__) if hasattr(_native, "cuda_unavailable") else None
+
+
 def cuda_usages() -> list[Usage]:
-    """Compiles csrc/cuda/*.cu for every architecture at once and reads what the assembler says."""
-    options = ["-fatbin", "-std=c++17", "-O3", "-Xptxas=-v", "-I", ROOT / "csrc"]
-    options += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in SHARED_LIMITS]
-    report = ""
-    with tempfile.TemporaryDirectory() as folder:
-        for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-            command = ["nvcc", *options, "-o", Path(folder) / "kernels.fatbin", source]
-            done = subprocess.run(command, check=False, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"nvcc {source.name}:\n{done.stderr}")
-            report += done.stderr
-    return read_ptxas(report)
+    """Of the kernels in the native module."""
+    module = cuda_module()
+    if module is None:
+        raise RuntimeError("the native module has no CUDA kernels: install again where nvcc is")
+    return read_usages(cuobjdump("-res-usage", module))
 
 
-def read_ptxas(report: str) -> list[Usage]:
-    """`ptxas -v`: a line with the name, one with the stack and spills, one with registers and shared memory."""
-    usages, name, arch, local = [], "", 0, 0
-    for line in report.splitlines():
-        if found := re.search(r"Compiling entry function '(\w+)' for 'sm_(\d+)'", line):
-            name, arch = readable(found[1]), int(found[2])
-        elif found := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", line):
-            local = max(map(int, found.groups()))
-        elif found := re.search(r"Used (\d+) registers", line):
-            shared = re.search(r"(\d+) bytes smem", line)
-            usages.append(Usage(name, arch, int(found[1]), int(shared[1]) if shared else 0, local))
+def cuobjdump(*arguments: str | Path) -> str:
+    import triton
+
+    command = [triton.knobs.nvidia.cuobjdump.path, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def read_usages(report: str) -> list[Usage]:
+    """`cuobjdump -res-usage`: a line with the architecture, and for each kernel one with its name, one with numbers."""
+    usages, name, arch = [], "", 0
+    for line in readable(report).splitlines():
+        if found := re.match(r"arch = sm_(\d+)", line):
+            arch = int(found[1])
+        elif found := re.match(r" Function (.+):$", line):
+            name = found[1].split("(")[0]
+        elif found := re.match(r"  REG:\d", line):
+            count = {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", line)}
+            local = max(count["STACK"], count["LOCAL"])
+            usages.append(Usage(name, arch, count["REG"], count["SHARED"], local))
     return usages
 
 
-def readable(mangled: str) -> str:
-    """A C++ kernel's name with its template arguments, shortened."""
+def readable(report: str) -> str:
+    """C++ kernels' names with their template arguments, shortened."""
     if shutil.which("c++filt") is None:
-        return mangled
-    name = subprocess.run(["c++filt", mangled], check=True, capture_output=True, text=True).stdout
-    name = re.sub(r"\(anonymous namespace\)::|esd::cuda::|^void |__nv_|_kernel|\(int\)", "", name)
-    return name.strip().split("(")[0].replace("__half", "half")
+        return report
+    names = subprocess.run(["c++filt"], input=report, check=True, capture_output=True, text=True)
+    noise = (
+        r"\(anonymous namespace\)::|esd::cuda::|(?<=Function )void |__nv_|_kernel(?=[<(])|\(int\)"
+    )
+    return re.sub(noise, "", names.stdout).replace("__half", "half")
+
+
+def missing(usages: list[Usage]) -> list[tuple[str, int]]:
+    """Kernels, and architectures that they were not compiled for."""
+    there = {(u.kernel, u.arch) for u in usages}
+    kernels = dict.fromkeys(u.kernel for u in usages)
+    return [(k, arch) for k in kernels for arch in SHARED_LIMITS if (k, arch) not in there]
 
 
 def table(usages: list[Usage]) -> str:
@@ -332,10 +352,11 @@ def main() -> int:
     usages = []
     if what != "cuda":
         usages += triton_usages()
-    if what == "cuda" or (what is None and shutil.which("nvcc")):
+    if what == "cuda" or (what is None and cuda_module()):
         usages += cuda_usages()
     print(table(usages))
     bad = [f"{u.kernel} on sm_{u.arch}: {v}" for u in usages for v in u.violations()]
+    bad += [f"{kernel} on sm_{arch}: not compiled for it" for kernel, arch in missing(usages)]
     for line in bad:
         print(line, file=sys.stderr)
     return 1 if bad else 0
