@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -60,18 +61,95 @@ class SavedBytes:
         return sum(self.by_section().values())
 
 
+class Unknown(Exception):
+    """Not all of a call's arguments, or of its results, can be told by their shapes."""
+
+
+class MetaShapes:
+    """Runs operators on meta tensors. Many of them find their results' shapes in Python, a millisecond
+    a call; here each does so once for the same shapes of arguments, and fresh tensors follow."""
+
+    def __init__(self) -> None:
+        self.known: dict[Any, Any] = {}
+
+    def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if func._schema.is_mutable:
+            return func(*args, **kwargs)
+        try:
+            call = (func, told(args), told(tuple(kwargs.items())))
+        except Unknown:
+            return func(*args, **kwargs)
+        if call not in self.known:
+            result = func(*args, **kwargs)
+            self.known[call] = layout_of(result, (args, kwargs))
+            return result
+        known = self.known[call]
+        if known is None:
+            return func(*args, **kwargs)
+        made = [None if layout is None else fresh(*layout) for layout in known.tensors]
+        return tuple(made) if known.several else made[0]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Of a call's results: shape, strides and dtype, or None where there is no tensor."""
+
+    tensors: list[tuple[torch.Size, tuple[int, ...], torch.dtype] | None]
+    several: bool
+
+
+def told(value: Any) -> Hashable:
+    """What of an argument decides the shapes of results. Raises Unknown."""
+    if isinstance(value, torch.Tensor):
+        if not value.is_meta:
+            raise Unknown
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, (tuple, list)):
+        return tuple(told(v) for v in value)
+    if value.__hash__ is None:
+        raise Unknown
+    return type(value), value  # 1 is not 1.0, nor True
+
+
+def layout_of(result: Any, arguments: Any) -> Layout | None:
+    """None where the result is more than fresh tensors that fill their storages."""
+    several = isinstance(result, tuple)
+    results = result if several else (result,)
+    storages = [key_of(t) for t in tree_leaves(arguments) if isinstance(t, torch.Tensor)]
+    layouts: list[Any] = []
+    for one in results:
+        if one is None:
+            layouts.append(None)
+            continue
+        if not isinstance(one, torch.Tensor) or not one.is_meta or key_of(one) in storages:
+            return None
+        layouts.append((one.shape, one.stride(), one.dtype))
+        if one.untyped_storage().nbytes() != fresh(*layouts[-1]).untyped_storage().nbytes():
+            return None
+        storages.append(key_of(one))
+    return Layout(layouts, several)
+
+
+def fresh(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+
+
 class LiveBytes(TorchDispatchMode):
     """Bytes of the storages that came to be within, now and at most, and the FLOPs of matrix
-    products, convolutions and attention. What an operator takes and gives back inside is unseen."""
+    products, convolutions and attention. What an operator takes and gives back inside is unseen.
 
-    def __init__(self, already: Iterable[torch.Tensor]) -> None:
+    `shapes` may be shared by several that count alike: what is known there is not found out again.
+    """
+
+    def __init__(self, already: Iterable[torch.Tensor], shapes: MetaShapes | None = None) -> None:
         super().__init__()
         self.sizes = {key_of(t): 0 for t in already}
+        self.shapes = MetaShapes() if shapes is None else shapes
         self.now = self.peak = self.flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        result = self.shapes.run(func, args, kwargs)
         count = flop_registry.get(FLASH_FLOPS.get(func.overloadpacket, func.overloadpacket))
         if count is not None:
             self.flops += count(*args, **kwargs, out_val=result)

@@ -19,7 +19,7 @@ import torch
 from .checkpointing import blocks_in_backward, blocks_of, checkpointed
 from .collect import predict_noise
 from .frozen_conv import frozen_convolutions
-from .memory_count import FlashOnMeta, LiveBytes, SavedBytes
+from .memory_count import FlashOnMeta, LiveBytes, MetaShapes, SavedBytes
 from .models.base import Conditioning
 from .models.folder_check import loading
 from .optimizers import OPTIMIZERS, state_bytes
@@ -146,10 +146,11 @@ def plan_memory(
 
     for parameter_name, parameter in unet.named_parameters():
         parameter.requires_grad_(parameter_name in set(names))
-    plain = count_step(unet, side, batch_size, lean=False)
+    shapes = MetaShapes()
+    plain = count_step(unet, side, batch_size, lean=False, shapes=shapes)
     choices = []
     for blocks, lean, step in chain(
-        [((), False, plain)], lean_steps(unet, names, side, batch_size)
+        [((), False, plain)], lean_steps(unet, names, side, batch_size, shapes)
     ):
         # the backward, or Adam at work
         passing = max(step.peak, parameters_own + gradients + adam_workspace)
@@ -182,7 +183,7 @@ def plan_memory(
         libraries=LIBRARIES,
         # no optimizer has state yet where everything is collected first
         collect={
-            size: total(weights + masters, count_forward(unet, side, size * prompts))
+            size: total(weights + masters, count_forward(unet, side, size * prompts, shapes))
             for size in COLLECT_BATCHES
         },
         choices=tuple(choices),
@@ -190,16 +191,16 @@ def plan_memory(
 
 
 def lean_steps(
-    unet: Any, names: Sequence[str], side: int, batch_size: int
+    unet: Any, names: Sequence[str], side: int, batch_size: int, shapes: MetaShapes
 ) -> Iterator[tuple[tuple[str, ...], bool, Step]]:
     """Frozen convolutions, then with ever more blocks checkpointed: those first that let go of
     the most bytes for a FLOP of running again."""
-    none = count_step(unet, side, batch_size)
+    none = count_step(unet, side, batch_size, shapes=shapes)
     yield (), True, none
     order = blocks_in_backward(unet, names)
     if not order:
         return
-    full = count_step(unet, side, batch_size, order)
+    full = count_step(unet, side, batch_size, order, shapes=shapes)
 
     def worth(block: str) -> float:
         gained = none.kept_in.get(block, 0) - full.kept_in.get(block, 0)
@@ -208,16 +209,21 @@ def lean_steps(
     chosen = sorted(order, key=worth, reverse=True)
     for count in range(1, len(chosen)):
         blocks = chosen[:count]
-        yield tuple(blocks), True, count_step(unet, side, batch_size, blocks)
+        yield tuple(blocks), True, count_step(unet, side, batch_size, blocks, shapes=shapes)
     yield tuple(chosen), True, full
 
 
 def count_step(
-    unet: Any, side: int, batch_size: int, blocks: Sequence[str] = (), lean: bool = True
+    unet: Any,
+    side: int,
+    batch_size: int,
+    blocks: Sequence[str] = (),
+    lean: bool = True,
+    shapes: MetaShapes | None = None,
 ) -> Step:
     """Forward and backward of the fit step with `blocks` checkpointed; `lean`: with frozen
     convolutions. The loss keeps as much as one prediction, and is left out."""
-    saved, live = SavedBytes(unet.parameters()), LiveBytes(unet.parameters())
+    saved, live = SavedBytes(unet.parameters()), LiveBytes(unet.parameters(), shapes)
     flops_of: dict[str, int] = {}
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
@@ -236,9 +242,9 @@ def count_step(
 
 
 @torch.no_grad()
-def count_forward(unet: Any, side: int, passes: int) -> int:
+def count_forward(unet: Any, side: int, passes: int, shapes: MetaShapes) -> int:
     """The most that is alive in a forward of `passes` samples that keeps nothing; bytes."""
-    live = LiveBytes(unet.parameters())
+    live = LiveBytes(unet.parameters(), shapes)
     with live:
         predict_noise(unet, *inputs_of(unet, side, passes))
     return live.peak

@@ -178,7 +178,7 @@ def test_command_reads_a_folder_and_says_what_fits():
     assert told["fits"]["collect_batch_size"] == 4
     assert told["optimizer_name"] == "adam"
     assert told["adam_workspace"] == 0
-    assert "adam8bit's state" in esd_fast(*settings, "--optimizer", "adam8bit").stdout
-    done = esd_fast(*settings, "--vram", "1MB", check=False)
+    done = esd_fast(*settings, "--optimizer", "adam8bit", "--vram", "1MB", check=False)
     assert done.returncode == 1
+    assert "adam8bit's state" in done.stdout
     assert "does not fit" in done.stdout

@@ -36,10 +36,16 @@ def loaded(folder):
     return model.eval(), tokenizer, processor
 
 
-@torch.no_grad()
 def cosine(folder, picture, text):
+    return cosine_of(folder, picture.tobytes(), picture.shape, text)
+
+
+@functools.cache
+@torch.no_grad()
+def cosine_of(folder, pixels, shape, text):
     model, tokenizer, processor = loaded(folder)
     words = tokenizer(text, truncation=True, max_length=77, return_tensors="pt")
+    picture = np.frombuffer(pixels, np.uint8).reshape(shape)
     image = processor(Image.fromarray(picture), return_tensors="pt")
     return float(model(**words, **image).logits_per_image / model.logit_scale.exp())
 
