@@ -109,7 +109,7 @@ def plan_of_all(**settings):
 
 
 def test_float32_weights_are_their_own_masters():
-    plan = plan_memory("sd1", smaller(), "esd-x-strict", 64, dtype="float32")
+    plan = plan_memory("sd1", smaller(), "esd-x-strict", 64, dtype="float32", enough=2**50)
     assert plan.masters_and_frozen == 4 * plan.trained
 
 
@@ -121,7 +121,7 @@ def test_fused_adam_saves_its_workspace_where_the_update_is_the_worst_moment():
 
 def test_fused_is_what_is_planned_for():
     """As make_optimizer has it on CUDA."""
-    plan = plan_memory("sd1", smaller(), "esd-x-strict", 64)
+    plan = plan_memory("sd1", smaller(), "esd-x-strict", 64, enough=2**50)
     assert (plan.optimizer_name, plan.optimizer, plan.adam_workspace) == (
         "adam",
         8 * plan.trained,
