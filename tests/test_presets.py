@@ -57,21 +57,15 @@ SCHEDULERS: dict[str, Any] = {
 # seeds (0 where none is said) are the first with which that changes no tensor's move by over 1.5e-4;
 # there the two sides agree to 1e-4 or better.
 SEEDS = {
-    ("reference", "ddim", 1, "a fish", "epsilon"): 1,
-    ("reference", "ddim", 2, "a fish", "v_prediction"): 1,
     ("reference", "ddim", 3, None, "epsilon"): 1,
     ("paper", "ddim", 1, None, "epsilon"): 2,
     ("paper", "ddim", 1, "a fish", "v_prediction"): 2,
-    ("paper", "ddim", 2, None, "epsilon"): 3,
     ("paper", "ddim", 2, None, "v_prediction"): 1,
     ("paper", "ddim", 2, "a fish", "epsilon"): 1,
-    ("paper", "ddim", 2, "a fish", "v_prediction"): 2,
     ("paper", "ddim", 3, None, "epsilon"): 2,
     ("paper-diffusers", "ddim", 1, None, "epsilon"): 2,
     ("paper-diffusers", "ddim", 1, "a fish", "v_prediction"): 2,
-    ("paper-diffusers", "ddim", 2, None, "epsilon"): 1,
     ("paper-diffusers", "ddim", 2, "a fish", "epsilon"): 2,
-    ("paper-diffusers", "ddim", 2, "a fish", "v_prediction"): 1,
     ("paper-diffusers", "ddim", 3, None, "epsilon"): 1,
     ("reference", "pndm", 1, None, "epsilon"): 1,
     ("reference", "pndm", 1, None, "v_prediction"): 2,
@@ -147,9 +141,15 @@ def check(preset: str, scheduler: str, batch: int, erase_from: str | None, predi
     assert_equal_runs(ours, truth_of(with_scheduler(MODELS[prediction], scheduler), ours))
 
 
-@pytest.mark.parametrize("prediction", MODELS)
-@pytest.mark.parametrize("erase_from", [None, "a fish"])
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(
+    ("batch", "erase_from", "prediction"),  # every pair of two of them once
+    [
+        (1, None, "epsilon"),
+        (1, "a fish", "v_prediction"),
+        (2, None, "v_prediction"),
+        (2, "a fish", "epsilon"),
+    ],
+)
 @pytest.mark.parametrize("preset", ["reference", "paper", "paper-diffusers"])
 def test_preset_is_the_public_script(
     preset: str, batch: int, erase_from: str | None, prediction: str
