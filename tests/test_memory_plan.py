@@ -9,6 +9,7 @@ from diffusers import UNet2DConditionModel
 
 from esd_fast.commands.plan import described_unet
 from esd_fast.config import bytes_of
+from esd_fast.memory_count import MetaShapes
 from esd_fast.memory_plan import count_step, on_meta, plan_memory
 from esd_fast.parameters import trainable_names
 
@@ -101,6 +102,29 @@ def test_the_fastest_that_fits_is_named(case):
     least = max(min(c.total for c in plan.choices), min(plan.collect.values()))
     choice, batch = plan.fitting(least)
     assert max(choice.total, plan.collect[batch]) <= least
+
+
+class Asked(MetaShapes):
+    """Every operator finds its shapes itself."""
+
+    def run(self, func, args, kwargs):
+        return func(*args, **kwargs)
+
+
+def test_shapes_known_from_before_change_no_count():
+    unet = on_meta(smaller(), torch.bfloat16)
+    for name in trainable_names(unet, "esd-x"):
+        unet.get_parameter(name).requires_grad_(True)
+    shapes = MetaShapes()
+    for batch in (1, 1, 2):
+        truth = count_step(unet, 8, batch, shapes=Asked())
+        assert count_step(unet, 8, batch, shapes=shapes) == truth
+    add = torch.ops.aten.add.Scalar
+    whole = torch.zeros(3, dtype=torch.int64, device="meta")
+    assert [shapes.run(add, (whole, n), {}).dtype for n in (1, 1.0, 1, 1.0)] == [
+        torch.int64,
+        torch.float32,
+    ] * 2
 
 
 @functools.cache
