@@ -319,6 +319,8 @@ PRECISION: list[dict[str, Any]] = [
     {"dtype": "bfloat16"},
     {"dtype": "bfloat16", "optimizer": "adamw"},
     {"dtype": "bfloat16", "optimizer": "adam8bit"},
+    {"dtype": "float32", "quantize": "int8"},
+    {"dtype": "float32", "quantize": "nf4"},
 ]
 PRECISION_KEPT = METHODS_KEPT = 200
 

@@ -15,6 +15,7 @@ from .config import CHOICES, PRESETS
 from .export import FORMATS
 from .parameters import METHODS
 from .prompts import clean_prompt
+from .quantize import QUANTIZERS
 from .terminal import one_line, quoted, tell
 
 # evaluation/metrics.py has them; it would bring torch
@@ -253,6 +254,11 @@ def add_training(say: Callable[..., Any]) -> None:
     say("--anchor", choices=CHOICES["anchor"], help="what the target starts from")
     say("--keep-vocabulary", type=float, metavar="X", help="hold to other words' meaning; 0: off")
     say("--checkpointing", choices=CHOICES["checkpointing"], help="default: as --vram demands")
+    say(
+        "--quantize",
+        choices=tuple(QUANTIZERS),
+        help="frozen weights while training, for less memory: an extra",
+    )
 
 
 def add_prompts_beside(say: Callable[..., Any]) -> None:
@@ -735,6 +741,7 @@ def add_plan(commands: Any) -> None:
     )
     say("--dtype", choices=CHOICES["dtype"][1:], default="bfloat16", help="of the frozen weights")
     say("--optimizer", choices=CHOICES["optimizer"], default="adam", help="default: adam")
+    say("--quantize", choices=tuple(QUANTIZERS), help="of the frozen weights; default: not at all")
     say("--vram", metavar="SIZE", help="of the card, such as 8GB")
     say("--json", action="store_true", help="as JSON, in bytes")
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,8 @@ from .graphed_steps import RunGraphs
 from .live import onloading
 from .models import load_model
 from .parallel import Ranks, joined, together
-from .parameters import TrainableSubset, only_trainable, plain_parameters
+from .parameters import TrainableSubset, only_trainable, plain_parameters, trainable_names
+from .quantized_layers import quantized
 from .sick_numbers import check_collected
 from .stored_samples import StoredSamples, decisive_of, tensors_of
 from .tensor_files import Lazy
@@ -73,17 +75,18 @@ def collect(
     ranks.check_batch(config)
     ranks.check_alike({name: repr(value) for name, value in decisive.items()})
     graphs = graphs or RunGraphs.of(config.cuda_graphs, model.unet, config.optimizer)
-    prepared = prepare(model, config, graphs, ranks)
-    passes = passes_of(config, len(prepared.teacher.asked), prepared.plan)
-    meter = Meter(on_progress or (lambda _: None), passes, ranks)
+    names = trainable_names(model.unet, config.train_method, model.family.name)
     every = plain_parameters(model.unet)
     # the UNet as training with this method would have it: the same bits
-    flagged = TrainableSubset({n: every[n] for n in prepared.names}, {}, {})
+    flagged = TrainableSubset({n: every[n] for n in names}, {}, {})
     try:
-        with (
-            only_trainable(model.unet, flagged),
-            engaged(model, prepared.layout, prepared.shape[1:], passes),
-        ):
+        with ExitStack() as stack:
+            stack.enter_context(quantized(model.unet, names, config.quantize))
+            prepared = prepare(model, config, names, graphs, ranks)
+            passes = passes_of(config, len(prepared.teacher.asked), prepared.plan)
+            meter = Meter(on_progress or (lambda _: None), passes, ranks)
+            stack.enter_context(only_trainable(model.unet, flagged))
+            stack.enter_context(engaged(model, prepared.layout, prepared.shape[1:], passes))
             samples = collected(config, prepared, prepared.plan, meter, ranks)
             check_collected(None, samples)
     finally:

@@ -15,6 +15,7 @@ from .optimizers import OPTIMIZERS, check_installed
 from .parameters import check_method
 from .preserve import resolved
 from .prompts import clean_prompt
+from .quantize import check_library, check_quantize
 from .terminal import quoted
 
 if TYPE_CHECKING:
@@ -124,6 +125,10 @@ class EraseConfig:
     """Of the frozen weights: "float32", "bfloat16", "float16"; "auto" keeps a live pipeline's own
     and takes what the device is fast in otherwise (on the CPU bfloat16 for big UNets alone, and
     where a probe says that it gains). Trainable weights have float32 masters."""
+    quantize: str | None = None
+    """Of the frozen weights while a run lasts: "int8" or "nf4" (quantize.py), from the extra
+    bitsandbytes; None: as they are. Trainable weights stay exact, and so does what comes out: the
+    model has its own weights again afterwards, the erased ones but for the training."""
     device: str = "auto"
     """"cuda", "cuda:1", "mps", "cpu"; "auto" keeps a live pipeline's own, else the best there."""
     cuda_graphs: Literal["auto", "off"] = "auto"
@@ -250,6 +255,9 @@ class EraseConfig:
         check_choices(self, *CHOICES)
         _ = self.loading  # checks its own
         check_installed(self.optimizer)
+        if self.quantize is not None:
+            check_quantize(self.quantize, self.train_method)
+            check_library(self.quantize)
         if self.weight_decay is not None:
             check_not_negative("weight_decay", self.weight_decay)
             if self.weight_decay and not OPTIMIZERS[self.optimizer].decays:

@@ -18,6 +18,7 @@ from .kept_projections import kept_projections
 from .live import parts_to_place
 from .packed_weights import FEWEST_WEIGHTS, packed_weights
 from .pages import page_out_files
+from .quantized_layers import held_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,10 +61,9 @@ def memory_for(model: Model, vram: str) -> int | None:
     if model.device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(model.device)
-    weights = sum(p.numel() * p.element_size() for p in model.unet.parameters())
     # what the allocator holds and does not use is free for us
     idle = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
-    return free + weights + idle
+    return free + held_bytes(model.unet) + idle
 
 
 def fitting(model: Model, config: EraseConfig, resolution: int, memory: int) -> Layout:
@@ -72,14 +72,12 @@ def fitting(model: Model, config: EraseConfig, resolution: int, memory: int) -> 
     found = plan.fitting(memory)
     limit = f"{memory / 2**30:.1f} GiB"
     if found is None:
-        least = least_of(plan)
         if config.vram != "auto":
             raise ValueError(
                 f"vram is {config.vram!r}, and the least that this takes is "
-                f"{least / 2**30:.1f} GiB; a lower resolution or batch_size, or a train_method of "
-                "fewer weights, needs less"
+                f"{plan.least / 2**30:.1f} GiB; {what_needs_less(plan, memory)}"
             )
-        why = f"about {least / 2**30:.1f} GiB wanted, {limit} free: memory may run out"
+        why = f"about {plan.least / 2**30:.1f} GiB wanted, {limit} free: memory may run out"
         warnings.warn(why, stacklevel=2)
         return Layout(plan.choices[-1].checkpointed, 1, why)
     choice, together = found
@@ -104,18 +102,23 @@ def plan_of(
         vae_scale_factor=model.vae_scale_factor,
         optimizer=config.optimizer,
         clipped=bool(config.max_grad_norm),
+        quantize=config.quantize,
         enough=enough,
     )
 
 
-def least_of(plan: MemoryPlan) -> int:
-    """Bytes."""
-    return max(min(c.total for c in plan.choices), min(plan.collect.values()))
+def what_needs_less(plan: MemoryPlan, memory: int) -> str:
+    how = plan.quantized_fitting(memory)
+    quantizing = f"; quantize {how!r} would fit" if how else ""
+    return (
+        "a lower resolution or batch_size, or a train_method of fewer weights, needs less"
+        f"{quantizing}"
+    )
 
 
 def least_memory(model: Model, config: EraseConfig) -> int:
     """Bytes that a run takes at least, as counted."""
-    return least_of(plan_of(model, config, config.resolution or model.native_resolution))
+    return plan_of(model, config, config.resolution or model.native_resolution).least
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from .optimizers import described, make_optimizer
 from .parallel import PeerLost, Ranks, joined, together
 from .parameters import TrainableSubset, canonical_method, only_trainable, trainable_names
 from .plan import Plan, Rollout, check_room, plan_preserved, plan_rollouts, share_of
+from .quantized_layers import quantized
 from .run_state import Checkpoints, Identity, Keeper, RunState, newest_state
 from .schedules import scheduler_for
 from .sick_numbers import check_collected
@@ -140,9 +142,22 @@ def erase(
         )
 
 
+def unwinding(function: Callable[..., Erasure]) -> Callable[..., Erasure]:
+    """For functions with an argument `stack`, an ExitStack: what is entered there is left when they
+    are over, whichever way, and hold nothing any more."""
+
+    @functools.wraps(function)
+    def wrapper(*arguments: Any, **settings: Any) -> Erasure:
+        with ExitStack() as stack:
+            return function(*arguments, stack=stack, **settings)
+
+    return wrapper
+
+
 @onloading
 @stepping_down
 @together
+@unwinding
 @torch.inference_mode(False)  # whatever the caller's mode, training needs gradients
 @torch.enable_grad()
 def run(
@@ -157,6 +172,7 @@ def run(
     resume: RunState | None = None,
     stored: StoredSamples | None = None,
     ranks: Ranks,
+    stack: ExitStack,
     on_progress: Callable[[Progress], None] | None = None,
     on_step: Callable[[FitStep], None] | None = None,
 ) -> Erasure:
@@ -184,7 +200,10 @@ def run(
         name for name, value in (("rollouts", rollouts), ("words", words)) if value is not None
     ]
     graphs = graphs or RunGraphs.of(config.cuda_graphs, model.unet, config.optimizer)
-    prepared = prepare(model, config, graphs, ranks, extra, rollouts)
+    names = trainable_names(model.unet, config.train_method, model.family.name)
+    # before anything else takes memory
+    quantizing = stack.enter_context(quantized(model.unet, names, config.quantize))
+    prepared = prepare(model, config, names, graphs, ranks, extra, rollouts)
     prompts, teacher, plan = prepared.prompts, prepared.teacher, prepared.plan
     filters, held_to = filters_for(
         model,
@@ -212,6 +231,8 @@ def run(
         watched=on_step is not None,
     )
     paths = {"scheduler": teacher.scheduler_path(plan.erased)}
+    if config.quantize is not None:
+        paths["quantize"] = str(quantizing)
     rest = plan.after(*stored.there_of(plan)) if stored else plan
     collecting = passes_of(config, len(teacher.asked), rest)
     spared = passes_of(config, len(teacher.asked), plan) - collecting
@@ -301,12 +322,12 @@ class Prepared:
 def prepare(
     model: Model,
     config: EraseConfig,
+    names: list[str],
     graphs: RunGraphs,
     ranks: Ranks,
     extra: Sequence[Conditioning] = (),
     rollouts: list[Rollout] | None = None,
 ) -> Prepared:
-    names = trainable_names(model.unet, config.train_method, model.family.name)
     shape = model.latent_shape(config.resolution)
     scheduler = scheduler_for(model.pipeline.scheduler, config)
     resolution = shape[-1] * model.vae_scale_factor

@@ -24,6 +24,8 @@ from .models.base import Conditioning
 from .models.folder_check import loading
 from .optimizers import OPTIMIZERS, state_bytes
 from .parameters import PART_BYTES, trainable_names
+from .quantize import QUANTIZERS
+from .quantized_layers import Spared, spared_by
 
 TOKENS = 77  # of CLIP's text encoders
 MASTER, GRADIENT = 4, 4  # bytes a trained weight, float32
@@ -76,13 +78,28 @@ class MemoryPlan:
     collect: dict[int, int]
     """By `collect_batch_size`, the peak of collecting, everything that is held included."""
     choices: tuple[Choice, ...]
+    quantize: str | None = None
+    """Of the frozen weights; `weights` are then those that are so."""
+    loaded: int = 0
+    """The peak before any weight is quantized; the model is on the device whole."""
+    least_quantized: dict[str, int] = dataclasses.field(default_factory=dict)
+    """By format, the least that this takes with frozen weights quantized, where they are not."""
+
+    @property
+    def least(self) -> int:
+        """The least that this takes."""
+        return max(min(c.total for c in self.choices), min(self.collect.values()), self.loaded)
+
+    def quantized_fitting(self, memory: int) -> str | None:
+        """The first format, of most bits, with which it would fit `memory` bytes."""
+        return next((how for how, least in self.least_quantized.items() if least <= memory), None)
 
     def fitting(self, memory: int) -> tuple[Choice, int] | None:
         """The choice with the fewest FLOPs that fits `memory` bytes, and the largest
         `collect_batch_size` that does; None where nothing fits."""
         choices = [c for c in self.choices if c.total <= memory]
         batches = [size for size, total in self.collect.items() if total <= memory]
-        if not choices or not batches:
+        if not choices or not batches or self.loaded > memory:
             return None
         return min(choices, key=lambda c: (c.flops, c.total)), max(batches)
 
@@ -113,15 +130,18 @@ def plan_memory(
     optimizer: str = "adam",
     fused_adam: bool = True,
     clipped: bool = False,
+    quantize: str | None = None,
     enough: int | None = None,
 ) -> MemoryPlan:
     """Count every choice for the UNet of `unet_config`; takes seconds, and a few megabytes.
 
     `prompts`: predicted for a sample while collecting (3 with `erase_from`). `fused_adam`: as
     make_optimizer has it on CUDA. `clipped`: to a max_grad_norm, which is of all gradients at once.
-    `enough`: bytes; what is slower than the first choice within
-    them is not counted. Raises ValueError where the method selects nothing or the resolution does
-    not suit.
+    `quantize`: the format of frozen weights, of QUANTIZERS; it changes nothing of what is kept for
+    the backward, since those of layers that are frozen keep nothing but their weight anyway.
+    `enough`: bytes; what is slower than the first choice within them is not counted. Raises
+    ValueError where the method selects nothing, or nothing to quantize is left, or the resolution
+    does not suit.
     """
     side = latent_side(unet_config, resolution, vae_scale_factor)
     unet = on_meta(unet_config, getattr(torch, dtype))
@@ -141,19 +161,30 @@ def plan_memory(
         parameters_own = 0
     adam_workspace = 0 if fused_adam or OPTIMIZERS[optimizer].bits == 8 else gradients
 
-    def total(held: int, passing: int) -> int:
+    spared = {how: found for how in QUANTIZERS if (found := spared_by(how, unet, names))}
+    if quantize is not None and quantize not in spared:
+        raise ValueError(f"quantize is {quantize!r}, and {method!r} leaves no layer to quantize")
+
+    def total(held: int, passing: int, by: Spared | None = None) -> int:
+        if by is not None:
+            held, passing = held - by.held, passing + by.largest
         return held + LIBRARIES + round(passing * (1 + SLACK))
 
+    def loaded(by: Spared) -> int:
+        return weights + LIBRARIES + by.largest_whole
+
+    chosen = None if quantize is None else spared[quantize]
     for parameter_name, parameter in unet.named_parameters():
         parameter.requires_grad_(parameter_name in set(names))
     shapes = MetaShapes()
     plain = count_step(unet, side, batch_size, lean=False, shapes=shapes)
-    choices = []
+    choices, least_passing = [], 0
     for blocks, lean, step in chain(
         [((), False, plain)], lean_steps(unet, names, side, batch_size, shapes)
     ):
         # the backward, or Adam at work
         passing = max(step.peak, parameters_own + gradients + adam_workspace)
+        least_passing = min(passing, least_passing or passing)
         choices.append(
             Choice(
                 checkpointed=blocks,
@@ -161,11 +192,13 @@ def plan_memory(
                 activations=step.activations,
                 workspace=step.peak - step.activations,
                 flops=step.flops / plain.flops,
-                total=total(weights + masters + state, passing),
+                total=total(weights + masters + state, passing, chosen),
             )
         )
         if enough is not None and lean and choices[-1].total <= enough:
             break
+    # no optimizer has state yet where everything is collected first
+    collecting = {n: count_forward(unet, side, n * prompts, shapes) for n in COLLECT_BATCHES}
     return MemoryPlan(
         model=name,
         method=method,
@@ -174,19 +207,27 @@ def plan_memory(
         dtype=dtype,
         parameters=every,
         trained=trained,
-        weights=weights,
+        weights=weights - (chosen.held if chosen else 0),
         masters_and_frozen=masters,
         optimizer_name=optimizer,
         optimizer=state,
         gradients=gradients,
         adam_workspace=adam_workspace,
         libraries=LIBRARIES,
-        # no optimizer has state yet where everything is collected first
-        collect={
-            size: total(weights + masters, count_forward(unet, side, size * prompts, shapes))
-            for size in COLLECT_BATCHES
-        },
+        collect={n: total(weights + masters, peak, chosen) for n, peak in collecting.items()},
         choices=tuple(choices),
+        quantize=quantize,
+        loaded=loaded(chosen) if chosen else 0,
+        least_quantized={}
+        if quantize
+        else {
+            how: max(
+                total(weights + masters + state, least_passing, by),
+                total(weights + masters, min(collecting.values()), by),
+                loaded(by),
+            )
+            for how, by in spared.items()
+        },
     )
 
 

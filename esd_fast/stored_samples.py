@@ -39,6 +39,7 @@ POLICY = ("rollout", "samples", "schedule")
 DECISIVE = (
     *POLICY,
     *("concept", "erase_from", "preserve", "guidance_scale", "num_inference_steps", "seed"),
+    "quantize",
 )
 # settings that decide how much; a run may have others
 AMOUNT = ("iterations", "batch_size")
@@ -81,7 +82,9 @@ class StoredSamples:
         names = [
             n for n in (*DECISIVE, *AMOUNT, "preset") if "preset" not in said or n not in POLICY
         ]
-        ours = {name: self.config[name] for name in names}
+        if self.config.get("quantize"):
+            names.append("train_method")
+        ours = {name: self.config.get(name) for name in names}  # older files lack the newer ones
         ours |= {name: self.decisive[name] for name in ("resolution", "dtype")}
         return ours | said
 
@@ -170,8 +173,10 @@ def decisive_of(model: Model, config: EraseConfig) -> dict[str, Any]:
 
 
 def settings_of(config: EraseConfig) -> dict[str, Any]:
-    """What samples follow from of the settings. One that is "last" has its whole batch's noise."""
-    names = [*DECISIVE, "batch_size"] if config.samples == "last" else DECISIVE
+    """What samples follow from of the settings. One that is "last" has its whole batch's noise;
+    where frozen weights are quantized the teacher depends on which are frozen."""
+    names = [*DECISIVE, "batch_size"] if config.samples == "last" else [*DECISIVE]
+    names += ["train_method"] if config.quantize else []
     return as_json({name: getattr(config, name) for name in names})
 
 

@@ -20,8 +20,11 @@ def plan(arguments: argparse.Namespace) -> int:
     """Exit code 0; 1 where nothing fits `--vram`."""
     from esd_fast.config import MOST_AT_A_TIME, bytes_of, check_count, check_resolution
     from esd_fast.parameters import canonical_method, check_method
+    from esd_fast.quantize import check_quantize
 
     check_method(arguments.train_method)
+    if arguments.quantize is not None:
+        check_quantize(arguments.quantize, arguments.train_method)
     check_count("--batch-size", arguments.batch_size, MOST_AT_A_TIME)
     if arguments.resolution is not None:
         check_resolution("--resolution", arguments.resolution)
@@ -40,6 +43,7 @@ def plan(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         vae_scale_factor=scale,
         optimizer=arguments.optimizer,
+        quantize=arguments.quantize,
     )
     tell(json.dumps(as_json(made, vram), indent=1) if arguments.json else as_text(made, vram))
     return 0 if vram is None or made.fitting(vram) else 1
@@ -70,14 +74,14 @@ def as_json(made: MemoryPlan, vram: int | None) -> dict[str, Any]:
         told["fits"] = fit and {
             "choice": made.choices.index(fit[0]),
             "collect_batch_size": fit[1],
-            "peak": max(fit[0].total, made.collect[fit[1]]),
+            "peak": max(fit[0].total, made.collect[fit[1]], made.loaded),
         }
     return told
 
 
 def as_text(made: MemoryPlan, vram: int | None) -> str:
     held = {
-        "weights": made.weights,
+        f"weights{f' ({made.quantize})' if made.quantize else ''}": made.weights,
         "masters and frozen copies": made.masters_and_frozen,
         f"{made.optimizer_name}'s state": made.optimizer,
         "gradients, float32": made.gradients,
@@ -93,6 +97,11 @@ def as_text(made: MemoryPlan, vram: int | None) -> str:
         "",
         *(f"{name:<28}{mebibytes(size)}" for name, size in held.items()),
         "",
+        *(
+            [f"{'peak of loading, before quantizing':<40}{mebibytes(made.loaded)}"]
+            if made.quantize
+            else []
+        ),
         *(
             f"{f'peak of collecting, {size} at a time':<40}{mebibytes(total)}"
             for size, total in made.collect.items()
@@ -125,14 +134,15 @@ def names_of(choices: tuple[Choice, ...]) -> list[str]:
 def verdict(made: MemoryPlan, vram: int) -> str:
     fit = made.fitting(vram)
     if fit is None:
-        least = max(min(c.total for c in made.choices), min(made.collect.values()))
+        how = made.quantized_fitting(vram)
         return (
-            f"does not fit {vram / 2**30:g} GB: the least is {least / 2**30:.1f} GiB; a lower "
+            f"does not fit {vram / 2**30:g} GB: the least is {made.least / 2**30:.1f} GiB; a lower "
             "resolution or batch size, or a method that trains fewer weights, needs less"
+            + (f"; --quantize {how} would fit" if how else "")
         )
     choice, batch = fit
     blocks = ", ".join(choice.checkpointed) or "nothing"
-    peak = max(choice.total, made.collect[batch])
+    peak = max(choice.total, made.collect[batch], made.loaded)
     return (
         f"fits {vram / 2**30:g} GB: checkpoint {blocks}; collect {batch} at a time; "
         f"peak {peak / 2**30:.1f} GiB, {choice.flops:.2f} times the FLOPs of a plain step"

@@ -86,6 +86,7 @@ PATH_NOTES = {
     "guidance_loss": "target, loss and gradient of the edited UNet's prediction in one pass",
     "kernels": "which implementation computed loss, guidance and normalisation",
     "optimizer": "what moved the weights, and how",
+    "quantize": "how the frozen weights were stored while the edit was trained",
     "memory_format": "how pictures lie in memory; channels_last suits convolutions",
     "scheduler": "how the sampler stepped: from a table, or by calling the scheduler",
     "checkpointing": "whether activations were computed again in the backward pass to save memory",
