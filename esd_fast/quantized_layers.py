@@ -36,7 +36,7 @@ ENDS = ("conv_in", "conv_out")
 class Quantized:
     """The weight of one layer; `plain` is the parameter that it came from, put away."""
 
-    plain: nn.Parameter
+    plain: Tensor
     placeholder: nn.Parameter  # without numbers; its strides say how the weight is to lie
     stored: Stored
     device: torch.device
@@ -97,7 +97,7 @@ class QuantizedConv2d(nn.Conv2d):
     quantized: Quantized
 
     def forward(self, pixels: Tensor) -> Tensor:
-        geometry = self.stride, self.padding, self.dilation, self.groups
+        geometry: Any = (self.stride, self.padding, self.dilation, self.groups)
         if torch.is_grad_enabled() and pixels.requires_grad:
             return ConvolutionOfQuantized.apply(pixels, self.quantized, self.bias, geometry)
         return F.conv2d(pixels, self.quantized.dense(), self.bias, *geometry)
@@ -207,7 +207,7 @@ def change_all(
         changed.append((module, weight))
         module._parameters["weight"] = weight.placeholder
         module.quantized = weight  # type: ignore[assignment]
-        module.__class__ = LAYERS[type(module)]
+        module.__class__ = LAYERS[type(module)]  # type: ignore[assignment]
         if plain.device.type != "cpu":
             plain.data = plain.data.cpu()
         elif any(first <= plain.data_ptr() < last for first, last in files):
@@ -220,7 +220,7 @@ def change_all(
 def put_back(module: nn.Module, weight: Quantized) -> None:
     module.__class__ = next(kind for kind, ours in LAYERS.items() if type(module) is ours)
     del module.quantized
-    module._parameters["weight"] = weight.plain
+    module._parameters["weight"] = cast(nn.Parameter, weight.plain)
     if weight.plain.device != weight.device:
         weight.plain.data = weight.plain.data.to(weight.device)
 
