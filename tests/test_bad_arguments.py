@@ -73,6 +73,7 @@ BAD: dict[str, list[str]] = {
     "batch_size": COUNT,
     "learning_rate": POSITIVE,
     "optimizer": CHOICE,
+    "quantize": CHOICE,
     "weight_decay": [*NUMBER, "-1", "0.1"],
     "max_grad_norm": [*NUMBER, "-1"],
     "negative_guidance": NUMBER,

@@ -2,11 +2,13 @@
 needed for either."""
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 import esd_fast
+from esd_fast import memory_plan
 from esd_fast.commands.plan import as_text, plan, verdict
 from esd_fast.engine import what_needs_less
 from esd_fast.memory_plan import plan_memory
@@ -57,10 +59,27 @@ def test_a_format_takes_what_its_papers_say() -> None:
 
 @pytest.fixture(scope="module")
 def plans() -> list[Any]:
-    """As it is, and in nf4."""
-    return [
-        plan_memory("sd1", smaller(), "esd-x-strict", 64, quantize=how) for how in (None, "nf4")
-    ]
+    """As it is, and in nf4, which counts the same steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        steps, forwards = memory_plan.count_step, memory_plan.count_forward
+        patch.setattr(memory_plan, "count_step", once(steps))
+        patch.setattr(memory_plan, "count_forward", once(forwards))
+        return [
+            plan_memory("sd1", smaller(), "esd-x-strict", 64, quantize=how) for how in (None, "nf4")
+        ]
+
+
+def once(count: Callable[..., Any]) -> Callable[..., Any]:
+    """By all arguments but the UNet, which takes long."""
+    found: dict[str, Any] = {}
+
+    def counted(unet: Any, *arguments: Any, **named: Any) -> Any:
+        key = repr((arguments, named))
+        if key not in found:
+            found[key] = count(unet, *arguments, **named)
+        return found[key]
+
+    return counted
 
 
 def test_what_a_plan_says_would_fit_does(plans: list[Any]) -> None:
@@ -82,11 +101,9 @@ def test_what_a_plan_says_would_fit_does(plans: list[Any]) -> None:
 
 
 def test_only_what_is_held_is_less(plans: list[Any]) -> None:
-    """What is kept for the backward is the same."""
     plain, nf4 = plans
     assert nf4.weights < plain.weights < nf4.loaded - nf4.libraries
     assert nf4.masters_and_frozen == plain.masters_and_frozen
-    ours, theirs = (
-        [(c.checkpointed, c.activations, c.workspace) for c in p.choices] for p in (nf4, plain)
-    )
-    assert ours == theirs
+    less = plain.weights - nf4.weights
+    for ours, theirs in zip(nf4.choices, plain.choices, strict=True):
+        assert 0.8 * less < theirs.total - ours.total < less  # a weight at a time is there whole
