@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from .frozen_conv import FrozenConv2d
 from .pages import file_ranges, give_back_pages, page_out
-from .quantized_layers import LAYERS
+from .quantized_layers import PLAIN
 
 GAPS = 256 * 2**20
 # The embedded UNet, of 5.7 million, gains 8% and its run's peak would be 38 MiB higher.
@@ -349,7 +349,7 @@ def why_not_module(module: nn.Conv2d | nn.Linear, shared: bool) -> str:
 
 def why_not(unet: nn.Module, passes: int | None) -> str:
     """Why nothing of `unet` is packed, or nothing."""
-    if any(type(module) in LAYERS.values() for module in unet.modules()):
+    if any(type(module) in PLAIN for module in unet.modules()):
         return "the frozen weights are quantized, and dequantized at each use"
     kinds = {(p.device.type, p.dtype) for p in unet.parameters()}
     weights = sum(p.numel() for p in unet.parameters())

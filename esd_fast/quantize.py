@@ -27,7 +27,6 @@ QUANTIZERS = {
 NF4_BLOCK, SCALES_BLOCK = 64, 256  # weights to a scale; scales to a scale of theirs
 NF4_TABLES = 4 * (16 + 1)  # the 16 values, and the scales' mean
 TRAIN_ALL = ("esd-all", "ldm-full")
-LARGEST = 65504.0  # of float16, through which bitsandbytes makes int8
 
 
 def check_quantize(how: object, method: str) -> None:
@@ -107,6 +106,15 @@ def stored(how: str, matrix: Tensor) -> Stored:
         matrix, blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4"
     )
     return NF4(packed, state)
+
+
+def in_range(how: str, weight: Tensor) -> bool:
+    """Whether format `how` can hold all of `weight`: numbers, and for int8, which bitsandbytes
+    makes of float16, none beyond that."""
+    import torch
+
+    limit = torch.finfo(torch.float16 if how == "int8" else weight.dtype).max
+    return bool(torch.linalg.vector_norm(weight, math.inf) <= limit)
 
 
 def stored_bytes(how: str, rows: int, columns: int) -> int:

@@ -8,6 +8,7 @@ layers are not used: they know no convolution, and its 8-bit one keeps its input
 from __future__ import annotations
 
 import gc
+import sys
 import traceback
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -21,9 +22,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
+from .interrupts import held_back
 from .pages import file_ranges, page_out
 from .parameters import plain_parameters
-from .quantize import LARGEST, QUANTIZES_ON, Stored, stored, stored_bytes, version
+from .quantize import QUANTIZES_ON, Stored, in_range, stored, stored_bytes, version
 
 # The first and the last layer, as quantizers leave them: all of a picture passes them, and they are small.
 ENDS = ("conv_in", "conv_out")
@@ -107,6 +109,7 @@ LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: QuantizedLinear,
     nn.Conv2d: QuantizedConv2d,
 }
+PLAIN = {ours: plain for plain, ours in LAYERS.items()}
 
 
 # --- in and out ---------------------------------------------------------------------------------------
@@ -146,7 +149,7 @@ def quantized(unet: nn.Module, names: Collection[str], how: str | None) -> Itera
     are mapped from a file leave. Raises ValueError where the device has no such kernels, or
     nothing is frozen.
     """
-    done = Quantizing(how)
+    done, known = Quantizing(how), sys.exception()
     if how is None:
         yield done
         return
@@ -168,13 +171,14 @@ def quantized(unet: nn.Module, names: Collection[str], how: str | None) -> Itera
         yield done
     except BaseException as error:
         if not on_cpu:
-            forget_frames(error)  # tensors of theirs would be in the way of what comes back
+            forget_frames(error, known)  # tensors of theirs would be in the way of what comes back
         raise
     finally:
         if not on_cpu:
             gc.collect()
-        for module, weight in reversed(changed):
-            put_back(module, weight)
+        with held_back():
+            for module, weight in reversed(changed):
+                put_back(module, weight)
 
 
 def change_all(
@@ -187,8 +191,8 @@ def change_all(
     assert done.how is not None
     files = file_ranges()
     for module, why in frozen_layers(unet, names):
-        if not why and done.how == "int8" and float(module.weight.detach().abs().max()) > LARGEST:
-            why = "hold numbers beyond float16's"
+        if not why and not in_range(done.how, module.weight.detach()):
+            why = "hold numbers out of range"  # none that are no numbers may look as if they were
         if why:
             done.skipped[why] = done.skipped.get(why, 0) + 1
             continue
@@ -218,8 +222,9 @@ def change_all(
 
 
 def put_back(module: nn.Module, weight: Quantized) -> None:
-    module.__class__ = next(kind for kind, ours in LAYERS.items() if type(module) is ours)
-    del module.quantized
+    """However far `change_all` came with it."""
+    module.__class__ = PLAIN.get(type(module), type(module))
+    vars(module).pop("quantized", None)
     module._parameters["weight"] = cast(nn.Parameter, weight.plain)
     if weight.plain.device != weight.device:
         weight.plain.data = weight.plain.data.to(weight.device)
@@ -269,9 +274,10 @@ def why_not(module: nn.Linear | nn.Conv2d, shared: bool) -> str:
     return ""
 
 
-def forget_frames(error: BaseException | None) -> None:
-    """Local variables of all frames that `error`, and what it came of, have passed."""
-    while error is not None:
+def forget_frames(error: BaseException | None, known: BaseException | None = None) -> None:
+    """Local variables of all frames that `error`, and what it came of, have passed; not those of
+    `known`, which the caller was handling before."""
+    while error is not None and error is not known:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__
 
@@ -282,7 +288,7 @@ def forget_frames(error: BaseException | None) -> None:
 def held_bytes(unet: nn.Module) -> int:
     """Of the weights as they lie now, quantized or not."""
     plain = sum(p.nbytes for p in unet.parameters() if not p.is_meta)
-    ours = (m.quantized for m in unet.modules() if type(m) in LAYERS.values())
+    ours = (m.quantized for m in unet.modules() if type(m) in PLAIN)
     return plain + sum(cast(Quantized, weight).stored.nbytes for weight in ours)
 
 

@@ -2,6 +2,7 @@
 against those of a model that holds such weights from the start."""
 
 import gc
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -157,16 +158,21 @@ def test_a_weight_takes_the_bytes_that_are_planned(how: str) -> None:
     assert held_bytes(unet) == whole
 
 
-def test_numbers_beyond_float16_and_shared_weights_stay() -> None:
+def test_numbers_out_of_range_and_shared_weights_stay() -> None:
     unet = layers()
+    unet.plain.weight[0, 0, 0, 0] = math.nan
+    unet.down.weight[0, 0, 0, 0] = math.inf
     unet.matrix.weight[0, 0] = 1e6
     unet.bare.weight = nn.Linear(64, 96).weight
     unet.twin = nn.Linear(64, 96)
     unet.twin.weight = unet.bare.weight
     with quantized(unet, FIRST, "int8") as done:
         assert type(unet.matrix) is type(unet.bare) is nn.Linear
-        assert done.skipped["hold numbers beyond float16's"] == 1
+        assert done.skipped["hold numbers out of range"] == 3
         assert done.skipped["share their weight"] == 2
+    with quantized(unet, FIRST, "nf4") as done:
+        assert type(unet.matrix) is QuantizedLinear
+        assert done.skipped["hold numbers out of range"] == 2
     with (
         pytest.raises(ValueError, match="no frozen layer of this UNet can be"),
         quantized(nn.Sequential(nn.Linear(2, 2)), [], "nf4"),
