@@ -80,15 +80,16 @@ class MemoryPlan:
     choices: tuple[Choice, ...]
     quantize: str | None = None
     """Of the frozen weights; `weights` are then those that are so."""
-    loaded: int = 0
-    """The peak before any weight is quantized; the model is on the device whole."""
+    whole: int = 0
+    """With quantized weights the peak before and after, when the model is on the device whole:
+    beside the first weight that is quantized, and beside the copies that an Erasure reverts to."""
     least_quantized: dict[str, int] = dataclasses.field(default_factory=dict)
     """By format, the least that this takes with frozen weights quantized, where they are not."""
 
     @property
     def least(self) -> int:
         """The least that this takes."""
-        return max(min(c.total for c in self.choices), min(self.collect.values()), self.loaded)
+        return max(min(c.total for c in self.choices), min(self.collect.values()), self.whole)
 
     def quantized_fitting(self, memory: int) -> str | None:
         """The first format, of most bits, with which it would fit `memory` bytes."""
@@ -99,7 +100,7 @@ class MemoryPlan:
         `collect_batch_size` that does; None where nothing fits."""
         choices = [c for c in self.choices if c.total <= memory]
         batches = [size for size, total in self.collect.items() if total <= memory]
-        if not choices or not batches or self.loaded > memory:
+        if not choices or not batches or self.whole > memory:
             return None
         return min(choices, key=lambda c: (c.flops, c.total)), max(batches)
 
@@ -170,8 +171,8 @@ def plan_memory(
             held, passing = held - by.held, passing + by.largest
         return held + LIBRARIES + round(passing * (1 + SLACK))
 
-    def loaded(by: Spared) -> int:
-        return weights + LIBRARIES + by.largest_whole
+    def whole(by: Spared) -> int:
+        return weights + LIBRARIES + max(by.first, trained * itemsize)
 
     chosen = None if quantize is None else spared[quantize]
     for parameter_name, parameter in unet.named_parameters():
@@ -217,14 +218,14 @@ def plan_memory(
         collect={n: total(weights + masters, peak, chosen) for n, peak in collecting.items()},
         choices=tuple(choices),
         quantize=quantize,
-        loaded=loaded(chosen) if chosen else 0,
+        whole=whole(chosen) if chosen else 0,
         least_quantized={}
         if quantize
         else {
             how: max(
                 total(weights + masters + state, least_passing, by),
                 total(weights + masters, min(collecting.values()), by),
-                loaded(by),
+                whole(by),
             )
             for how, by in spared.items()
         },

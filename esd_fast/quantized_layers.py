@@ -300,8 +300,8 @@ class Spared:
     """That weights take less."""
     largest: int
     """Of the weights that are dequantized, one at a time."""
-    largest_whole: int
-    """What the first moments take beyond the weights as they were: one of them in float16, and
+    first: int
+    """What the first weight takes at most beyond the weights as they were: itself in float16, and
     quantized."""
 
 
@@ -314,5 +314,5 @@ def spared_by(how: str, unet: nn.Module, names: Collection[str]) -> Spared | Non
     return Spared(
         held=sum(w.nbytes for w in weights) - sum(sizes),
         largest=max(w.nbytes for w in weights),
-        largest_whole=max(2 * w.numel() + size for w, size in zip(weights, sizes, strict=True)),
+        first=max(2 * w.numel() + size for w, size in zip(weights, sizes, strict=True)),
     )

@@ -97,12 +97,12 @@ def test_what_a_plan_says_would_fit_does(plans: list[Any]) -> None:
     assert what_needs_less(plain, plain.least - 1).endswith("; quantize 'int8' would fit")
     text = as_text(nf4, None)
     assert "weights (nf4)" in text
-    assert "peak of loading, before quantizing" in text
+    assert "peak before and after, weights whole" in text
 
 
 def test_only_what_is_held_is_less(plans: list[Any]) -> None:
     plain, nf4 = plans
-    assert nf4.weights < plain.weights < nf4.loaded - nf4.libraries
+    assert nf4.weights < plain.weights < nf4.whole - nf4.libraries
     assert nf4.masters_and_frozen == plain.masters_and_frozen
     less = plain.weights - nf4.weights
     for ours, theirs in zip(nf4.choices, plain.choices, strict=True):

@@ -74,7 +74,7 @@ def as_json(made: MemoryPlan, vram: int | None) -> dict[str, Any]:
         told["fits"] = fit and {
             "choice": made.choices.index(fit[0]),
             "collect_batch_size": fit[1],
-            "peak": max(fit[0].total, made.collect[fit[1]], made.loaded),
+            "peak": max(fit[0].total, made.collect[fit[1]], made.whole),
         }
     return told
 
@@ -98,7 +98,7 @@ def as_text(made: MemoryPlan, vram: int | None) -> str:
         *(f"{name:<28}{mebibytes(size)}" for name, size in held.items()),
         "",
         *(
-            [f"{'peak of loading, before quantizing':<40}{mebibytes(made.loaded)}"]
+            [f"{'peak before and after, weights whole':<40}{mebibytes(made.whole)}"]
             if made.quantize
             else []
         ),
@@ -142,7 +142,7 @@ def verdict(made: MemoryPlan, vram: int) -> str:
         )
     choice, batch = fit
     blocks = ", ".join(choice.checkpointed) or "nothing"
-    peak = max(choice.total, made.collect[batch], made.loaded)
+    peak = max(choice.total, made.collect[batch], made.whole)
     return (
         f"fits {vram / 2**30:g} GB: checkpoint {blocks}; collect {batch} at a time; "
         f"peak {peak / 2**30:.1f} GiB, {choice.flops:.2f} times the FLOPs of a plain step"
