@@ -177,8 +177,8 @@ def quantized(unet: nn.Module, names: Collection[str], how: str | None) -> Itera
         if not on_cpu:
             gc.collect()
         with held_back():
-            for module, weight in reversed(changed):
-                put_back(module, weight)
+            while changed:  # each lets go of its quantized weight as its own comes back
+                put_back(*changed.pop())
 
 
 def change_all(
