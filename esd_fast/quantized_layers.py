@@ -22,8 +22,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
+from .frozen_conv import wants_channels_last
 from .interrupts import held_back
-from .pages import file_ranges, page_out
+from .pages import page_out_files
 from .parameters import plain_parameters
 from .quantize import QUANTIZES_ON, Stored, in_range, stored, stored_bytes, version
 
@@ -100,6 +101,8 @@ class QuantizedConv2d(nn.Conv2d):
 
     def forward(self, pixels: Tensor) -> Tensor:
         geometry: Any = (self.stride, self.padding, self.dilation, self.groups)
+        if wants_channels_last(pixels.device.type, pixels.dtype):
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
         if torch.is_grad_enabled() and pixels.requires_grad:
             return ConvolutionOfQuantized.apply(pixels, self.quantized, self.bias, geometry)
         return F.conv2d(pixels, self.quantized.dense(), self.bias, *geometry)
@@ -189,7 +192,6 @@ def change_all(
 ) -> None:
     """Quantizes layer by layer: never more than one is there twice. Notes each in `changed`."""
     assert done.how is not None
-    files = file_ranges()
     for module, why in frozen_layers(unet, names):
         if not why and not in_range(done.how, module.weight.detach()):
             why = "hold numbers out of range"  # none that are no numbers may look as if they were
@@ -214,11 +216,10 @@ def change_all(
         module.__class__ = LAYERS[type(module)]  # type: ignore[assignment]
         if plain.device.type != "cpu":
             plain.data = plain.data.cpu()
-        elif any(first <= plain.data_ptr() < last for first, last in files):
-            page_out(plain.data_ptr(), plain.nbytes)
         done.layers += 1
         done.weights += plain.numel()
         done.nbytes += weight.stored.nbytes
+    page_out_files(weight.plain for _, weight in changed if weight.plain.device.type == "cpu")
 
 
 def put_back(module: nn.Module, weight: Quantized) -> None:
