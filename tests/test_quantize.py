@@ -2,13 +2,11 @@
 needed for either."""
 
 import argparse
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 import esd_fast
-from esd_fast import memory_plan
 from esd_fast.commands.plan import as_text, plan, verdict
 from esd_fast.engine import what_needs_less
 from esd_fast.memory_plan import plan_memory
@@ -59,27 +57,10 @@ def test_a_format_takes_what_its_papers_say() -> None:
 
 @pytest.fixture(scope="module")
 def plans() -> list[Any]:
-    """As it is, and in nf4, which counts the same steps."""
-    with pytest.MonkeyPatch.context() as patch:
-        steps, forwards = memory_plan.count_step, memory_plan.count_forward
-        patch.setattr(memory_plan, "count_step", once(steps))
-        patch.setattr(memory_plan, "count_forward", once(forwards))
-        return [
-            plan_memory("sd1", smaller(), "esd-x-strict", 64, quantize=how) for how in (None, "nf4")
-        ]
-
-
-def once(count: Callable[..., Any]) -> Callable[..., Any]:
-    """By all arguments but the UNet, which takes long."""
-    found: dict[str, Any] = {}
-
-    def counted(unet: Any, *arguments: Any, **named: Any) -> Any:
-        key = repr((arguments, named))
-        if key not in found:
-            found[key] = count(unet, *arguments, **named)
-        return found[key]
-
-    return counted
+    """As it is, and in nf4."""
+    return [
+        plan_memory("sd1", smaller(), "esd-x-strict", 64, quantize=how) for how in (None, "nf4")
+    ]
 
 
 def test_what_a_plan_says_would_fit_does(plans: list[Any]) -> None:
