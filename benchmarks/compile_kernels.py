@@ -261,9 +261,8 @@ def compile_triton(kernel: TritonKernel, arch: int) -> Usage:
         (usage,) = read_usages(cuobjdump("-res-usage", cubin))
     # Shared memory is allocated at the launch, so the binary itself does not always know of it.
     shared = max(usage.shared, compiled.metadata.shared)
-    return replace(
-        usage, kernel=kernel.label, arch=arch, shared=shared
-    )  # a lone cubin is not asked which
+    # of a lone cubin the report names no architecture
+    return replace(usage, kernel=kernel.label, arch=arch, shared=shared)
 
 
 def triton_usages() -> list[Usage]:
