@@ -103,6 +103,19 @@ def measure_base(concepts: list[str], seed: int, sizes: Sizes) -> dict[str, Any]
     return {"seed": seed, "settings": "base", "erased": picked(erased), "kept": picked(kept)}
 
 
+def erased_onto(drawing: Any, config: esd_fast.EraseConfig) -> dict[str, Any]:
+    """One erasure from a freshly loaded model, then put onto `drawing`: what it took."""
+    model = load_model(None, config)
+    started = time.process_time()
+    erasure = run(model, config)
+    told = {
+        "cpu_seconds": round(time.process_time() - started, 2),
+        "unet_passes": erasure.manifest["unet_passes"]["total"],
+    }
+    erasure.apply(drawing.pipeline)
+    return told
+
+
 def base_model() -> Any:
     return load_model(None, esd_fast.EraseConfig(concept="nothing", dtype="float32"))
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,9 +23,7 @@ from tqdm import tqdm
 
 import esd_fast
 from esd_fast.demo import world
-from esd_fast.esd import run
 from esd_fast.evaluation.recognition import Question, erased_questions, kept_questions
-from esd_fast.models import load_model
 from esd_fast.preserve import DEFAULT, resolved
 
 FILE = erasure_table.RESULTS / "preserve.jsonl"
@@ -78,14 +75,7 @@ def measure(case: Case, number: int, weight: float, seed: int) -> dict[str, Any]
             seed=seed,
             **case.settings,
         )
-        model = load_model(None, config)
-        started = time.process_time()
-        erasure = run(model, config)
-        told = {
-            "cpu_seconds": round(time.process_time() - started, 2),
-            "unet_passes": erasure.manifest["unet_passes"]["total"],
-        }
-        erasure.apply(drawing.pipeline)
+        told = erasure_table.erased_onto(drawing, config)
     seen = erasure_table.judge_all(drawing.pipeline, questions(case, seed))
     return {**key_of(case, number, weight, seed), **told, "seen": seen}
 

@@ -13,7 +13,7 @@ import torch
 from .accelerate import accelerate, is_accelerated
 from .checkpointing import blocks_in_backward, checkpointed
 from .config import bytes_of
-from .frozen_conv import frozen_convolutions
+from .frozen_conv import frozen_convolutions, wants_channels_last
 from .kept_projections import kept_projections
 from .live import parts_to_place
 from .packed_weights import FEWEST_WEIGHTS, packed_weights
@@ -145,6 +145,8 @@ def engaged(
         else:
             count = stack.enter_context(frozen_convolutions(unet))
             convolutions = f"{count} save only their weight"
+            if wants_channels_last(model.device.type, model.dtype):
+                convolutions += ", in channels_last"
         projections = stack.enter_context(kept_projections(unet))
         packing = stack.enter_context(packed_weights(unet, passes=passes))
         stack.enter_context(checkpointed(unet, layout.checkpointed))
@@ -155,7 +157,7 @@ def engaged(
             "prompt_projections": f"{projections} kept while prompt and weight stay the same",
             "packed_weights": str(packing),
             "checkpointing": layout.why,
-            "other_networks": f"{paged_out / 2**20:.0f} MiB of files out of memory meanwhile",
+            "other_networks": f"{paged_out / 2**20:.0f} MiB in files, asked out of memory meanwhile",
         }
 
 

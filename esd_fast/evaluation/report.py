@@ -89,6 +89,7 @@ PATH_NOTES = {
     "quantize": "how the frozen weights were stored while the edit was trained",
     "memory_format": "how pictures lie in memory; channels_last suits convolutions",
     "scheduler": "how the sampler stepped: from a table, or by calling the scheduler",
+    "other_networks": "text encoders and VAE, which the training itself does not need",
     "checkpointing": "whether activations were computed again in the backward pass to save memory",
 }
 
