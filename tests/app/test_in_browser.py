@@ -112,6 +112,7 @@ class Visitor:
 
     def __init__(self, browser, address: str, width: int = 1280, height: int = 900) -> None:
         self.address, self.width, self.asked, self.complaints = address, width, [], []
+        self.leaving = False
         self.context = browser.new_context(
             viewport={"width": width, "height": height},
             http_credentials={"username": "anybody", "password": PASSWORD},
@@ -119,16 +120,25 @@ class Visitor:
         self.context.set_default_timeout(LONG)
         self.context.on("request", lambda request: self.asked.append(request.url))
         self.page = self.context.new_page()
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("pageerror", lambda error: self.complain(str(error)))
         self.page.on("console", self.listen)
         self.everyone.append(self)
         self.open()
 
     def listen(self, message) -> None:
         if message.type == "error":
-            self.complaints.append(message.text)
+            self.complain(message.text)
+
+    def complain(self, text: str) -> None:
+        if not self.leaving:
+            self.complaints.append(text)
 
     def open(self) -> None:
+        """Opens the page, or opens it anew: while it is left, Gradio complains of the connections
+        that end with it."""
+        self.leaving = True
+        self.page.goto("about:blank")
+        self.leaving = False
         self.page.goto(self.address)
         self.page.wait_for_selector("#plan")
 
