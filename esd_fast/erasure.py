@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import check_number
+from .exact_copies import ExactCopies
 from .files import parsed_json, replacing
 from .live import check_held, check_idle, plain_module
 from .moves import moves_of
@@ -37,7 +38,7 @@ class Erasure:
     def __init__(self, tensors: dict[str, torch.Tensor], manifest: dict[str, Any]) -> None:
         self.tensors = tensors
         self.manifest = manifest
-        self._originals: weakref.WeakKeyDictionary[Any, dict[str, torch.Tensor]] = (
+        self._originals: weakref.WeakKeyDictionary[Any, Mapping[str, torch.Tensor]] = (
             weakref.WeakKeyDictionary()
         )
 
@@ -60,10 +61,10 @@ class Erasure:
         source, method = self.manifest.get("erase_from"), self.manifest.get("method", "esd")
         return file_name_of(self.concepts, source, method)
 
-    def remember_original(self, unet: Any, original: dict[str, torch.Tensor]) -> None:
+    def remember_original(self, unet: Any, original: Mapping[str, torch.Tensor]) -> None:
         self._originals[unet] = original
 
-    def original_of(self, unet: Any) -> dict[str, torch.Tensor] | None:
+    def original_of(self, unet: Any) -> Mapping[str, torch.Tensor] | None:
         """What `unet` held before this erasure; None where it is not in place there."""
         return self._originals.get(unet)
 
@@ -83,7 +84,7 @@ class Erasure:
         check_match(self.tensors, parameters)
         check_values(self.tensors)
         if unet not in self._originals:
-            self._originals[unet] = {n: parameters[n].detach().clone() for n in self.tensors}
+            self._originals[unet] = ExactCopies({n: parameters[n] for n in self.tensors})
         original = self._originals[unet]
         with torch.no_grad():
             for name, tensor in self.tensors.items():

@@ -36,7 +36,6 @@ from .optimizers import described, make_optimizer
 from .parallel import PeerLost, Ranks, joined, together
 from .parameters import TrainableSubset, canonical_method, only_trainable, trainable_names
 from .plan import Plan, Rollout, check_room, plan_preserved, plan_rollouts, share_of
-from .quantized_layers import quantized
 from .run_state import Checkpoints, Identity, Keeper, RunState, newest_state
 from .schedules import scheduler_for
 from .sick_numbers import check_collected
@@ -201,8 +200,10 @@ def run(
     ]
     graphs = graphs or RunGraphs.of(config.cuda_graphs, model.unet, config.optimizer)
     names = trainable_names(model.unet, config.train_method, model.family.name)
-    # before anything else takes memory
-    quantizing = stack.enter_context(quantized(model.unet, names, config.quantize))
+    if config.quantize is not None:  # before anything else takes memory
+        from .quantized_layers import quantized
+
+        quantizing = stack.enter_context(quantized(model.unet, names, config.quantize))
     prepared = prepare(model, config, names, graphs, ranks, extra, rollouts)
     prompts, teacher, plan = prepared.prompts, prepared.teacher, prepared.plan
     filters, held_to = filters_for(

@@ -66,6 +66,7 @@ class MemoryPlan:
     trained: int
     weights: int
     masters_and_frozen: int
+    """At most: copies of weights that came from half precision take half (exact_copies.py)."""
     optimizer_name: str
     optimizer: int
     """Its state: two moments of every trained weight."""

@@ -31,8 +31,6 @@ from .pages import file_ranges, give_back_pages, page_out
 from .quantized_layers import PLAIN
 
 GAPS = 256 * 2**20
-# The embedded UNet, of 5.7 million, gains 8% and its run's peak would be 38 MiB higher.
-FEWEST_WEIGHTS = 100_000_000
 FEWEST_PASSES = 64  # making both sets and undoing them takes as long as some fifty UNet passes gain
 
 
@@ -265,10 +263,10 @@ def packed_weights(unet: nn.Module, *, passes: int | None = None) -> Iterator[Pa
     """Within: frozen convolutions of `unet` (on the CPU) compute with weights packed once, frozen
     matrices by oneDNN; after: every module as before, and every weight to the bit.
 
-    `passes`: UNet passes to come; where it is given, what does not pay (few passes, a small UNet)
-    is left. Names stay the same. So do results, to the bit, wherever torch asks oneDNN too; it does
-    not for float32 matrices nor, on one thread, for float32 kernels of 1x1, whose sums are taken
-    in another order there. What comes out is channels_last.
+    `passes`: UNet passes to come; few do not pay for it, and then nothing is done. Names stay the
+    same. So do results, to the bit, wherever torch asks oneDNN too; it does not for float32
+    matrices nor, on one thread, for float32 kernels of 1x1, whose sums are taken in another order
+    there. What comes out is channels_last.
 
     Enter it when `requires_grad` is set: what trains stays torch's own wherever gradients are on.
     Within, the `weight` of a packed convolution has shape and dtype and no numbers (reading them
@@ -352,9 +350,6 @@ def why_not(unet: nn.Module, passes: int | None) -> str:
     if any(type(module) in PLAIN for module in unet.modules()):
         return "the frozen weights are quantized, and dequantized at each use"
     kinds = {(p.device.type, p.dtype) for p in unet.parameters()}
-    weights = sum(p.numel() for p in unet.parameters())
-    if passes is not None and weights < FEWEST_WEIGHTS:
-        return f"{weights / 1e6:.1f} million weights gain little by it"
     if passes is not None and passes < FEWEST_PASSES:
         return f"{passes} UNet passes do not pay for it ({FEWEST_PASSES} would)"
     if {device for device, _ in kinds} != {"cpu"}:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from .exact_copies import ExactCopies
 from .terminal import quoted
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ class TrainableSubset:
 
     parameters: dict[str, torch.nn.Parameter]
     masters: dict[str, torch.Tensor]
-    frozen: dict[str, torch.Tensor]
+    frozen: Mapping[str, torch.Tensor]
     filters: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -187,14 +188,13 @@ class TrainableSubset:
 
         every = plain_parameters(unet)
         parameters = {n: every[n] for n in names}
-        frozen = {n: p.detach().clone() for n, p in parameters.items()}
         masters = {
             n: torch.zeros_like(p, dtype=torch.float32)
             if n in (filters or {})
             else (p if p.dtype == torch.float32 else p.detach().float().clone())
             for n, p in parameters.items()
         }
-        return cls(parameters, masters, frozen, filters or {})
+        return cls(parameters, masters, ExactCopies(parameters), filters or {})
 
     def value(self, name: str) -> torch.Tensor:
         """What parameter `name` is now, float32."""
@@ -286,7 +286,7 @@ class TrainableSubset:
 
     @contextmanager
     def teacher(self) -> Iterator[None]:
-        """Within: the UNet holds its starting values (pointers are swapped, nothing is copied)."""
+        """Within: the UNet holds its starting values (pointers are swapped)."""
         trained = {n: p.data for n, p in self.parameters.items()}
         try:
             for name, parameter in self.parameters.items():

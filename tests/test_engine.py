@@ -115,6 +115,7 @@ def test_an_available_fast_path_is_taken_and_the_unet_is_as_it_was(
     for op in ("group_norm_silu", "geglu"):
         assert paths[op].endswith("places: triton"), paths[op]
     assert paths["frozen_convolutions"] == "torch's own: the UNet is small"
+    assert paths["packed_weights"] == "no: the UNet is small"
     assert paths["attention"] == "torch SDPA"
     assert [type(m) for m in pipe.unet.modules()] == classes
     for name, tensor in plain.tensors.items():

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from esd_fast import processor
 from esd_fast.config import refuse
 from esd_fast.demo import is_embedded, model_path
 from esd_fast.live import check_workable
@@ -162,7 +161,9 @@ def resolve_dtype(
     if dtype != "auto":
         return getattr(torch, dtype)
     if device.type == "cpu" and unet_config is not None:
-        return processor.dtype_for(unet_config)
+        from esd_fast.processor import dtype_for
+
+        return dtype_for(unet_config)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
     return torch.float32

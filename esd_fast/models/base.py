@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
-from esd_fast.demo import world
 from esd_fast.live import plain_module
 from esd_fast.preserve import GENERAL_PROMPTS
 
@@ -218,4 +217,8 @@ class Model:
 
 def general_prompts_of(source: str) -> Sequence[str]:
     """Of the model that was loaded from `source`."""
-    return world.general_prompts() if source == "embedded" else GENERAL_PROMPTS
+    if source != "embedded":
+        return GENERAL_PROMPTS
+    from esd_fast.demo.world import general_prompts
+
+    return general_prompts()
