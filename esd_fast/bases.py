@@ -13,6 +13,7 @@ from .tensor_files import bytes_of
 if TYPE_CHECKING:
     from .models import Model
 
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 WIDENED = 2**20  # numbers at a time: to 8 bytes each, before they are summed
 
 
@@ -39,7 +40,6 @@ def weights_digest(modules: Iterable[torch.nn.Module]) -> str:
     """Of all weights: names, shapes, dtypes, and a sum over each one's bits that is exact
     whatever the device and the order. It tells models apart, in one pass over the memory; who
     wants to deceive it can."""
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     digest = hashlib.sha256()
     for module in modules:
         for name, weight in module.named_parameters():
@@ -47,12 +47,24 @@ def weights_digest(modules: Iterable[torch.nn.Module]) -> str:
             if type(weight) is not torch.nn.Parameter:  # quantized: its numbers are the library's
                 total = type(weight).__name__
             elif not weight.is_meta:
-                bits = weight.detach().view(integers[weight.element_size()])
-                rows = torch.atleast_1d(bits)
-                few = max(1, WIDENED * len(rows) // max(1, rows.numel()))
-                total = int(sum(part.sum(dtype=torch.int64) for part in rows.split(few)))
+                total = sum_of_bits(weight.detach())
             digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {total}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def sum_of_bits(tensor: torch.Tensor) -> int:
+    """Of its numbers' bits, read as integers, in 64 bits whatever overflows."""
+    bits = tensor.view(INTEGERS[tensor.element_size()])
+    if bits.device.type == "cpu":  # torch's own takes twenty times as long there
+        return int(bits.numpy().sum(dtype="int64"))
+    return torchs_sum(bits)
+
+
+def torchs_sum(bits: torch.Tensor) -> int:
+    """The same on any device; part by part, since each is widened first."""
+    rows = torch.atleast_1d(bits)
+    few = max(1, WIDENED * len(rows) // max(1, rows.numel()))
+    return int(sum(part.sum(dtype=torch.int64) for part in rows.split(few)))
 
 
 def digest_of(value: Any) -> str:

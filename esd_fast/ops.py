@@ -330,10 +330,13 @@ def group_norm_silu(
 
     `x` is (N, C, H, W), `weight` and `bias` (C,), each float32, bfloat16 or float16. The result has x's dtype
     and is channels_last; on the CPU it is so where x is, and contiguous else. An x of another layout is copied
-    first. All three have gradients (first derivatives). Where torch runs it (on the CPU also small pictures, but channels_last ones in low precision),
-    it is torch's own functions, and the layout is theirs.
+    first. All three have gradients (first derivatives), for which x alone is kept. Where torch runs it (on the CPU
+    also small pictures, unless a gradient is to come through the SiLU or they are channels_last in low
+    precision), it is torch's own functions, which keep more, and the layout is theirs.
     """
-    if _torch_runs("group_norm_silu", x):
+    # there for 3% of the embedded model's fit step half as much is kept
+    keeps_less = silu and torch.is_grad_enabled() and x.requires_grad
+    if _torch_runs("group_norm_silu", x, small_too=not keeps_less):
         _group_norm_silu.check(x, weight, bias, groups)
         return _group_norm_silu.as_torch(x, weight, bias, groups, eps, silu)
     if common.nobody_watches(x, weight, bias):
@@ -355,12 +358,12 @@ def geglu(x: Tensor) -> Tensor:
     return torch.ops.esd_fast.geglu(x)
 
 
-def _torch_runs(op: str, x: Tensor) -> bool:
-    """Whether torch's own functions do it, which then need none of our wrapping. torch.compile gets the
-    operator, which it cannot look into, so that it traces no choosing."""
+def _torch_runs(op: str, x: Tensor, small_too: bool = True) -> bool:
+    """Whether torch's own functions do it, which then need none of our wrapping; `small_too`: also where they
+    are but faster. torch.compile gets the operator, which it cannot look into, so that it traces no choosing."""
     if torch.compiler.is_compiling() or x.device.type == "meta":
         return False
-    if not _FORCED and _OPS[op].torch_is_faster(x):
+    if small_too and not _FORCED and _OPS[op].torch_is_faster(x):
         return True
     return path_of(op, x.device).name == "torch"
 
@@ -390,7 +393,7 @@ _OPS = {
         more_examples=(_group_norm_silu.even_example,),
         torch_is_faster=_group_norm_silu.torch_is_faster,
         where=f"torch for pictures of fewer than {_group_norm_silu.FEWEST} numbers "
-        "but channels_last ones in low precision",
+        "without a gradient but channels_last ones in low precision",
     ),
     "geglu": _Op(
         plain=_geglu.PLAIN,

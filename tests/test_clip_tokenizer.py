@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from esd_fast.models import CONFIGS
 from esd_fast.models.clip_tokenizer.build import START, build, merges_of, tokens_of
+from esd_fast.models.single_file import CONFIGS
 from esd_fast.models.tokenizer import CLIP_FILES, tokenizer_for
 
 # Ids of open_clip 3.3.0's SimpleTokenizer, without the ends and the padding.

@@ -23,7 +23,7 @@ def however_small(monkeypatch):
 @pytest.fixture
 def wrapped(monkeypatch):
     """The operator itself, where torch's own functions would be taken without it."""
-    monkeypatch.setattr(ops, "_torch_runs", lambda *_: False)
+    monkeypatch.setattr(ops, "_torch_runs", lambda *_, **__: False)
 
 
 def test_matches_float64(norm_case):
@@ -59,10 +59,24 @@ def test_torch_runs_it_as_plain_torch(make_norm_case):
 )
 def test_small_pictures_are_left_to_torch(shape, dtype, layout, torchs, monkeypatch):
     monkeypatch.setattr(ops._group_norm_silu, "FEWEST", 512)
-    x = torch.randn(shape, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
-    y = ops.group_norm_silu(x, torch.ones(4, dtype=dtype), torch.zeros(4, dtype=dtype), 2)
-    assert (y.grad_fn.name() == "SiluBackward0") == torchs
+    called = []
+    monkeypatch.setattr(
+        ops._group_norm_silu, "as_torch", lambda x, *_: called.append("torch") or x.clone()
+    )
+    x = torch.randn(shape, dtype=dtype).contiguous(memory_format=layout)
+    arguments = torch.ones(4, dtype=dtype), torch.zeros(4, dtype=dtype), 2
+    ops.group_norm_silu(x, *arguments)
+    assert called == ["torch"] * torchs
     assert "torch for pictures of fewer than" in ops.paths()["group_norm_silu"]
+    # with a gradient to come torch would keep more, but for the norm alone
+    called.clear()
+    ops.group_norm_silu(x.requires_grad_(), *arguments)
+    assert not called
+    ops.group_norm_silu(x, *arguments, silu=False)
+    assert called == ["torch"] * torchs
+    with torch.no_grad():
+        ops.group_norm_silu(x, *arguments)
+    assert called == ["torch"] * 2 * torchs
 
 
 LAYOUTS = [

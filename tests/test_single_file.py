@@ -19,12 +19,12 @@ from safetensors.torch import save_file
 
 import esd_fast
 from esd_fast.config import EraseConfig, Loading
-from esd_fast.models import CONFIGS, load_model, look_at
+from esd_fast.models import load_model, look_at
 from esd_fast.models.checkpoint import Checkpoint
 from esd_fast.models.families import family_of_file
 from esd_fast.models.folder import described_at
 from esd_fast.models.prediction import asked
-from esd_fast.models.single_file import SingleFile, blank, check_fits
+from esd_fast.models.single_file import CONFIGS, SingleFile, blank, check_fits
 
 from . import pipelines
 from .pipelines import GOLDEN, SHORT, worst_move

@@ -52,8 +52,9 @@ def plan(arguments: argparse.Namespace) -> int:
 def described_unet(model: str, loading: Loading | None = None) -> tuple[dict[str, Any], int]:
     """The UNet's configuration and the pixels of a latent's side, of a family's name, a diffusers
     folder, a single file or a hub id. No weight is read."""
-    from esd_fast.models import CONFIGS, FAMILIES, look_at
+    from esd_fast.models import FAMILIES, look_at
     from esd_fast.models.folder import described_at
+    from esd_fast.models.single_file import CONFIGS
 
     packaged = model in [family.name for family in FAMILIES]
     described = (

@@ -16,16 +16,16 @@ from esd_fast.live import check_workable
 from .base import Conditioning, Described, Family, Model, PromptSet
 from .checkpoint import SUFFIXES
 from .families import FAMILIES, family_of
-from .folder import Folder, look_at_folder
 from .prediction import settle
-from .single_file import CONFIGS, SingleFile, look_at_file
 from .tokenizer import check_vocabulary
 
 if TYPE_CHECKING:
     from esd_fast.config import EraseConfig, Loading
 
+    from .folder import Folder
+    from .single_file import SingleFile
+
 __all__ = [
-    "CONFIGS",
     "FAMILIES",
     "Conditioning",
     "Described",
@@ -75,7 +75,11 @@ def look_at(source: str, loading: Loading) -> Folder | SingleFile:
     """What the model at `source` is, without reading a weight; raises as `load_model` does."""
     check_source(source)
     if Path(source).is_file():
+        from .single_file import look_at_file
+
         return look_at_file(Path(source), loading)
+    from .folder import look_at_folder
+
     return look_at_folder(source, loading)
 
 
