@@ -362,7 +362,7 @@ class Verdict:
         ]
         if self.memory is not None:
             found.append(
-                f"{self.memory:.2f} of its peak memory (target 1: {yes[self.memory <= 1]})"
+                f"{self.memory:.3f} of its peak memory (target 1: {yes[self.memory <= 1]})"
             )
         for name, (mean, low) in self.differences.items():
             met = yes[low >= -WORSE_BY_AT_MOST]
