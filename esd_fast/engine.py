@@ -154,7 +154,7 @@ def engaged(
         projections = stack.enter_context(kept_projections(unet))
         packing = "no: the UNet is small"
         if not small:
-            from .packed_weights import packed_weights  # as above
+            from .packed_weights import packed_weights  # what a small one does without
 
             packing = str(stack.enter_context(packed_weights(unet, passes=passes)))
         stack.enter_context(checkpointed(unet, layout.checkpointed))
